@@ -1,0 +1,177 @@
+"""Algorithm 1, lines 7-9: score, smooth, and keep the best components over all layers."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+from torch import Tensor, nn
+
+from drlora_ref.importance import SCORES, ema_update
+from drlora_ref.layer import dynamic_layers, stack_by_shape
+from drlora_ref.schedule import BudgetSchedule
+
+
+def select_components(scores: Tensor, keep: int | Tensor) -> Tensor:
+    """Mask of the `keep` highest scores; of equal scores the earlier position wins.
+
+    Shapes: scores (..., N); keep an int, or whole numbers of shape (...) -> bool (..., N)
+    Raises ValueError if a score is NaN or infinite, or keep is not between 0 and N.
+
+    Choice: exactly `keep` survive. The authors' code drops every score up to the k-th smallest
+    (`<= kthvalue`), so a tie there costs more components than the budget says.
+
+    Read with care: the sort must be stable. An unstable one may order ties differently on another
+    device or in another process, and then the replicas of one model no longer agree.
+
+    >>> select_components(torch.tensor([0.2, 0.9, 0.2, 0.1]), keep=2)
+    tensor([ True,  True, False, False])
+    """
+    n = scores.shape[-1]
+    keep = torch.as_tensor(keep, device=scores.device)
+    if not scores.isfinite().all():
+        bad = scores.isfinite().logical_not().sum()
+        raise ValueError(f"{bad} of {scores.numel()} scores are NaN or infinite: training diverged")
+    if (keep < 0).any() or (keep > n).any():
+        raise ValueError(f"keep = {keep.tolist()}: must be between 0 and the {n} components")
+    best_first = scores.argsort(dim=-1, descending=True, stable=True)
+    place = torch.empty_like(best_first)  # place[i]: how many components are ranked before i
+    place.scatter_(-1, best_first, torch.arange(n, device=scores.device).expand_as(best_first))
+    return place < keep.unsqueeze(-1)
+
+
+class RankAllocator:
+    """Distributes one budget of components over all layers while the model trains (Algorithm 1).
+
+    Call `step(t)` after the t-th optimizer step, t = 1, 2, ..., T. It scores every component
+    (Eq. 7 by default), smooths the scores (Eq. 8), and at the schedule's pruning steps keeps the
+    best b(t) · layers of them (Eq. 9), over *all* layers at once; it sets the c of the others to
+    zero. They train on and may come back at a later event. After the last event the mask is fixed.
+
+    Layers of one shape are stacked, so that a base-size encoder's 72 matrices take three scoring
+    calls, not 72. All scores lie in one vector, in `named_modules()` order and then by component.
+
+    Arguments: `score` is a name in SCORES or a function like importance_scores; `seed` matters to
+    "random" only, which draws from a generator of its own. Raises ValueError for a model without
+    adapted layers or with another number of components than the schedule starts from, for an
+    unknown score, and for beta outside [0, 1).
+
+    Read with care: once pruning has ended, zeros must be written again after every optimizer step.
+    AdamW remembers past gradients, so its next step moves a c that was just set to zero.
+
+    >>> from drlora_ref.layer import DynamicLoRALinear
+    >>> model = nn.Sequential(*[DynamicLoRALinear(nn.Linear(4, 4), r=3) for _ in range(2)])
+    >>> for layer, c in zip(model, ([9.0, 9.0, 0.1], [8.0, 0.2, 0.1])):
+    ...     layer.lora_c.data = torch.tensor(c)
+    >>> allocator = RankAllocator(model, BudgetSchedule(3, 1, 2, tinit=0), score="abs_c")
+    >>> allocator.step(1)  # t_end: two of six components may stay
+    >>> allocator.rank_pattern()
+    {'0': 2, '1': 0}
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: BudgetSchedule,
+        beta: float = 0.9,
+        score: str | Callable = "frobenius_share",
+        seed: int = 0,
+    ):
+        self.layers, self.schedule, self.beta = dynamic_layers(model), schedule, beta
+        if not self.layers:
+            raise ValueError("the model has no DynamicLoRALinear: call inject_adapters first")
+        if isinstance(score, str) and score not in SCORES:
+            raise ValueError(f"score = {score!r}: must be one of {', '.join(SCORES)}")
+        if not 0 <= beta < 1:
+            raise ValueError(f"beta = {beta}: must be at least 0 and less than 1")
+        self.sizes = [layer.lora_c.numel() for layer in self.layers.values()]
+        if any(r != schedule.init_r for r in self.sizes):
+            raise ValueError(f"init_r = {schedule.init_r}, but layers have r = {set(self.sizes)}")
+
+        self.score_name = score if isinstance(score, str) else score.__name__
+        self.score = SCORES.get(score, score)
+        self.generator = torch.Generator().manual_seed(seed)
+        if score == "random":
+            self.score = functools.partial(self.score, generator=self.generator)
+        self.last_step = 0
+        self.ema = torch.zeros(sum(self.sizes))
+
+    @torch.no_grad()
+    def scores(self) -> Tensor:
+        """The unsmoothed score of every component: (N,), by position."""
+        by_layer = {}
+        for members, (A, B, c) in stack_by_shape(list(self.layers.values())):
+            by_layer.update(zip(members, self.score(A, B, c), strict=True))  # one row a layer
+        return torch.cat([by_layer[i] for i in range(len(by_layer))])
+
+    @torch.no_grad()
+    def step(self, global_step: int) -> None:
+        """Lines 7-9 of Algorithm 1, after optimizer step number global_step.
+
+        Raises ValueError if steps are left out or repeated: the last event would be missed.
+        """
+        if global_step != self.last_step + 1:
+            raise ValueError(
+                f"step({global_step}) after step {self.last_step}: call it once after every "
+                "optimizer step, and load_state_dict before going on from a checkpoint"
+            )
+        self.last_step = global_step
+        if self.schedule.pruning_ended(global_step):
+            return self._zero_pruned()
+        scores = self.scores()
+        self.ema = ema_update(self.ema.to(scores), scores, self.beta)
+        if self.schedule.prunes_at(global_step):
+            keep = self.schedule.keep_count(global_step, self.ema.numel())
+            self._set_mask(select_components(self.ema, keep))
+            self._zero_pruned()
+
+    def _set_mask(self, mask: Tensor) -> None:
+        for layer, part in zip(self.layers.values(), mask.split(self.sizes), strict=True):
+            layer.component_mask.copy_(part)
+
+    def _zero_pruned(self) -> None:
+        layers = self.layers.values()
+        # One fused call for all layers: this runs after every step of the second half of training.
+        torch._foreach_mul_([m.lora_c for m in layers], [m.component_mask for m in layers])
+
+    @property
+    def mask(self) -> Tensor:
+        """Which components survive: bool (N,), by position."""
+        return torch.cat([layer.component_mask for layer in self.layers.values()])
+
+    def rank_pattern(self) -> dict[str, int]:
+        """Surviving components of each layer by name (PEFT's word for such a table)."""
+        ranks = [int(part.sum()) for part in self.mask.cpu().split(self.sizes)]
+        return dict(zip(self.layers, ranks, strict=True))
+
+    def _configuration(self) -> dict:
+        return {
+            "layers": dict(zip(self.layers, self.sizes, strict=True)),
+            "schedule": asdict(self.schedule),
+            "beta": self.beta,
+            "score": self.score_name,
+        }
+
+    def state_dict(self) -> dict:
+        """All that decides the next step: EMA, mask, step, generator; and what it belongs to."""
+        return {
+            "ema": self.ema.clone(),
+            "mask": self.mask,
+            "last_step": self.last_step,
+            "generator": self.generator.get_state(),
+            "configuration": self._configuration(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on exactly where state_dict() was taken; also restores the layers' masks.
+
+        Raises ValueError if the state belongs to other layers, or another schedule, beta or score.
+        """
+        for name, here in self._configuration().items():
+            there = state["configuration"][name]
+            if there != here:
+                raise ValueError(f"the saved state is of another {name}: {there}, here {here}")
+        self.ema = state["ema"].clone()
+        self.last_step = state["last_step"]
+        self.generator.set_state(state["generator"].cpu())
+        self._set_mask(state["mask"])

@@ -1,0 +1,127 @@
+"""Eq. 7-8: how much each rank-1 component matters, and the smoothing of that number over time."""
+
+import torch
+from torch import Tensor
+
+
+def component_norms(lora_A: Tensor, lora_B: Tensor, lora_c: Tensor) -> Tensor:
+    """Frobenius norm of each rank-1 component, the numerator of Eq. 7.
+
+        ‖ΔWᵢ‖_F = ‖cᵢ bᵢaᵢᵀ‖_F = |cᵢ| ‖bᵢ‖₂ ‖aᵢ‖₂
+
+    An identity: the entries of b aᵀ are bⱼaₖ, so their squares sum to ‖b‖²‖a‖². No matrix of
+    d_out × d_in is built.
+
+    As a score of its own it is the rival that Eq. 7 argues against: it compares components across
+    layers by absolute size, without asking what share of its layer's update each one carries.
+
+    Shapes: lora_A (..., r, d_in), lora_B (..., d_out, r), lora_c (..., r) -> (..., r)
+
+    >>> A = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+    >>> component_norms(A, torch.eye(2), torch.tensor([1.0, -2.0]))
+    tensor([5., 2.])
+    """
+    return lora_c.abs() * lora_A.norm(dim=-1) * lora_B.norm(dim=-2)
+
+
+def update_norm(lora_A: Tensor, lora_B: Tensor, lora_c: Tensor) -> Tensor:
+    """Frobenius norm of a layer's whole update, the denominator of Eq. 7.
+
+        ‖ΔW‖²_F = Σᵢⱼ cᵢcⱼ ⟨bᵢ, bⱼ⟩ ⟨aᵢ, aⱼ⟩ = cᵀ [(BᵀB) ∘ (AAᵀ)] c
+
+    Two Gram matrices of r × r instead of one update of d_out × d_in.
+
+    Shapes: lora_A (..., r, d_in), lora_B (..., d_out, r), lora_c (..., r) -> (...)
+
+    Read with care: the sum cancels. Where components nearly annul each other, ‖ΔW‖² is a small
+    difference of large terms: in float32 the norm is only known to about √(6e-8) ≈ 2e-4 of the
+    components' size, against 6e-8 when the update is materialised. Below that it is noise (cut off
+    at zero). Random and trained components are nowhere near; notebook 03 measures it.
+
+    >>> update_norm(torch.tensor([[3.0, 0.0], [0.0, 4.0]]), torch.eye(2), torch.ones(2))
+    tensor(5.)
+    """
+    gram = (lora_B.mT @ lora_B) * (lora_A @ lora_A.mT)  # (..., r, r)
+    squared = torch.einsum("...i,...ij,...j->...", lora_c, gram, lora_c)
+    return squared.clamp(min=0).sqrt()
+
+
+def importance_scores(lora_A: Tensor, lora_B: Tensor, lora_c: Tensor, eps: float = 1e-8) -> Tensor:
+    """Share of a layer's update carried by each rank-1 component (Eq. 7).
+
+        ΔW = Σᵢ cᵢ bᵢaᵢᵀ                             the update: r rank-1 matrices, summed
+        sᵢ = ‖cᵢ bᵢaᵢᵀ‖_F / (‖ΔW‖_F + ε)             what the paper defines
+           = |cᵢ| ‖bᵢ‖₂ ‖aᵢ‖₂ / (‖ΔW‖_F + ε)          what we compute
+
+    Nothing of the size of the weight is built, which spares the (r, d_out, d_in) stack of
+    components: 113 MB for one RoBERTa-base feed-forward weight at r = 12.
+
+    Shapes: lora_A (..., r, d_in), lora_B (..., d_out, r), lora_c (..., r) -> (..., r)
+
+    Choice: ε = 1e-8 and no scaling, as in the authors' code (a constant factor would cancel).
+
+    Read with care: scores need not sum to 1 (for orthogonal components their *squares* do), and
+    two components that cancel each other can both score above 1. A component that is alone in its
+    layer scores 1 whatever its size.
+
+    >>> A = torch.tensor([[3.0, 0.0], [0.0, 4.0]])  # a 3-4-5 triangle: ‖ΔW‖_F = 5
+    >>> importance_scores(A, torch.eye(2), torch.ones(2))
+    tensor([0.6000, 0.8000])
+    """
+    norms = component_norms(lora_A, lora_B, lora_c)
+    return norms / (update_norm(lora_A, lora_B, lora_c) + eps).unsqueeze(-1)
+
+
+def abs_c(lora_A: Tensor, lora_B: Tensor, lora_c: Tensor) -> Tensor:
+    """|cᵢ| alone: what a criterion on singular values only, like AdaLoRA's, comes down to.
+
+    AdaLoRA keeps its vectors near unit length by a regulariser; here nothing does, so |c| ignores
+    how long aᵢ and bᵢ are. That is the paper's argument for Eq. 7. Shapes: as Eq. 7 -> (..., r)
+
+    >>> abs_c(torch.ones(2, 3), torch.ones(4, 2), torch.tensor([0.5, -2.0]))
+    tensor([0.5000, 2.0000])
+    """
+    return lora_c.abs()
+
+
+def random_scores(
+    lora_A: Tensor, lora_B: Tensor, lora_c: Tensor, generator: torch.Generator | None = None
+) -> Tensor:
+    """Uniform on [0, 1), the control that any criterion must beat. Shapes: as Eq. 7 -> (..., r)
+
+    Drawn on the CPU, so that every device and every process draws the same.
+
+    >>> draw = torch.Generator().manual_seed(0)
+    >>> random_scores(torch.ones(2, 3), torch.ones(4, 2), torch.zeros(2), draw)
+    tensor([0.4963, 0.7682])
+    """
+    return torch.rand(lora_c.shape, generator=generator, dtype=lora_c.dtype).to(lora_c.device)
+
+
+# The paper's criterion and the ones it argues against, by the names that `score=` takes.
+SCORES = {
+    "frobenius_share": importance_scores,
+    "frobenius_norm": component_norms,
+    "abs_c": abs_c,
+    "random": random_scores,
+}
+
+
+def ema_update(previous: Tensor, current: Tensor, beta: float = 0.9) -> Tensor:
+    """Smoothed score: an exponential moving average (Eq. 8).
+
+        s̃(t) = β s̃(t-1) + (1-β) s(t),   s̃(0) = 0
+
+    One mini-batch is a noisy witness; β = 0.9 remembers about 1 / (1-β) = 10 steps.
+
+    Shapes: any two that broadcast. Raises ValueError unless 0 ≤ beta < 1.
+
+    Choice: no correction of the start (Adam has one). After t steps of a constant score s the
+    average is (1 - βᵗ) s: the same factor for all components, so their order is right from step 1.
+
+    >>> ema_update(torch.zeros(2), torch.tensor([1.0, 0.5]))
+    tensor([0.1000, 0.0500])
+    """
+    if not 0 <= beta < 1:
+        raise ValueError(f"beta = {beta}: must be at least 0 and less than 1")
+    return beta * previous + (1 - beta) * current

@@ -1,0 +1,148 @@
+"""Putting the adapters into a transformer, counting them, and folding them away again."""
+
+import difflib
+
+from torch import nn
+
+from drlora_ref.layer import DynamicLoRALinear, dynamic_layers
+
+# All six matrices of a transformer layer: query, key, value, attention output, both feed-forward.
+# An entry matches a module of that name or one whose dotted name ends with it, as in PEFT.
+_BERT = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
+TARGET_MODULES = {
+    "roberta": _BERT,
+    "bert": _BERT,
+    "mpnet": ["attn.q", "attn.k", "attn.v", "attn.o", "intermediate.dense", "output.dense"],
+    "bart": [f"self_attn.{p}_proj" for p in ("q", "k", "v", "out")] + ["fc1", "fc2"],
+}
+CROSS_ATTENTION = {"bart": [f"encoder_attn.{p}_proj" for p in ("q", "k", "v", "out")]}
+
+# Modules that are trained whole and never adapted. BERT's pooler trains with its classifier.
+HEADS = {"classifier", "classification_head", "pooler", "qa_outputs", "score"}
+
+
+def in_head(name: str) -> bool:
+    """Whether a module or parameter belongs to the head.
+
+    >>> in_head("classifier.dense.weight"), in_head("encoder.layer.0.output.dense.weight")
+    (True, False)
+    """
+    return not HEADS.isdisjoint(name.split("."))
+
+
+def default_target_modules(model: nn.Module, cross_attention: bool = False) -> list[str]:
+    """The six matrices of each layer, for RoBERTa, BERT, MPNet and BART.
+
+    Choice: BART without the decoder's cross-attention, since Table 4's 0.33M and 1.33M are exactly
+    the count without it; `cross_attention=True` includes it, as the authors' code does.
+    Raises ValueError for any other kind of model: name its target_modules yourself.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if kind not in TARGET_MODULES:
+        raise ValueError(
+            f"no default target_modules for {kind!r} (there are some for "
+            f"{', '.join(TARGET_MODULES)}): pass the names of its linear layers"
+        )
+    extra = CROSS_ATTENTION.get(kind, []) if cross_attention else []
+    return TARGET_MODULES[kind] + extra
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)
+
+
+def _find_targets(model: nn.Module, target_modules: list[str]) -> dict[str, nn.Linear]:
+    modules = {n: m for n, m in model.named_modules() if not in_head(n)}
+    found = {n: m for n, m in modules.items() if any(_matches(n, t) for t in target_modules)}
+    linear = sorted({n.split(".")[-1] for n, m in modules.items() if isinstance(m, nn.Linear)})
+    for target in target_modules:
+        if not any(_matches(n, target) for n in found):
+            near = difflib.get_close_matches(target.split(".")[-1], linear) or linear
+            raise ValueError(
+                f"target_modules: {target!r} matches no module outside the head; "
+                f"linear layers with a near name: {', '.join(near)}"
+            )
+    for name, module in found.items():
+        if not isinstance(module, nn.Linear):
+            kind = type(module).__name__
+            raise TypeError(f"target_modules: {name} is {kind}; only nn.Linear can be adapted")
+    return found
+
+
+def inject_adapters(
+    model: nn.Module,
+    target_modules: list[str] | None = None,
+    r: int = 12,
+    lora_alpha: float = 8,
+    lora_dropout: float = 0.1,
+) -> nn.Module:
+    """Replace each target by a DynamicLoRALinear around it, in place; returns the model.
+
+    `target_modules` are names or ends of dotted names; None takes default_target_modules. Nothing
+    in the head is ever matched. Raises, before anything is changed: ValueError naming a target
+    that matches nothing, with near names; TypeError for a target that is not an nn.Linear (or is
+    adapted already).
+
+    >>> model = nn.ModuleDict({"query": nn.Linear(4, 4), "classifier": nn.Linear(4, 2)})
+    >>> list(dynamic_layers(inject_adapters(model, ["query"], r=2)))
+    ['query']
+    """
+    if isinstance(target_modules, str):
+        target_modules = [target_modules]
+    targets = _find_targets(model, target_modules or default_target_modules(model))
+    for name, linear in targets.items():
+        adapted = DynamicLoRALinear(linear, r, lora_alpha, lora_dropout)
+        model.set_submodule(name, adapted.train(linear.training))
+    return model
+
+
+def mark_only_adapters_trainable(model: nn.Module) -> nn.Module:
+    """Freeze all but the adapters and the head, in place; returns the model.
+
+    The head is new and knows nothing, so every method that the paper compares trains it.
+
+    >>> model = nn.ModuleDict({"query": nn.Linear(4, 4), "key": nn.Linear(4, 4)})
+    >>> model = mark_only_adapters_trainable(inject_adapters(model, ["query"], r=2))
+    >>> [name for name, p in model.named_parameters() if p.requires_grad]
+    ['query.lora_A', 'query.lora_B', 'query.lora_c']
+    """
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(in_head(name))
+    for layer in dynamic_layers(model).values():
+        for parameter in (layer.lora_A, layer.lora_B, layer.lora_c):
+            parameter.requires_grad_(True)
+    return model
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """{"adapter": ..., "head": ...}: trainable parameters as the paper's tables count them.
+
+    An adapter counts its *surviving* components, d_in + d_out each; c is not counted, since it
+    folds into lora_B. Any other trainable parameter outside the head counts as adapter, so the
+    same function serves PEFT's LoRA.
+
+    >>> count_parameters(DynamicLoRALinear(nn.Linear(10, 5), r=3))
+    {'adapter': 45, 'head': 0}
+    """
+    layers = dynamic_layers(model)
+    counts = {"adapter": 0, "head": 0}
+    for layer in layers.values():
+        counts["adapter"] += layer.rank * (layer.lora_A.shape[1] + layer.lora_B.shape[0])
+    ours = {id(p) for layer in layers.values() for p in layer.parameters()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in ours:
+            counts["head" if in_head(name) else "adapter"] += parameter.numel()
+    return counts
+
+
+def merge_adapters(model: nn.Module) -> nn.Module:
+    """Fold the surviving components into the base weights, in place; returns a plain model.
+
+    In evaluation mode its outputs equal the adapted model's. Read with care: only once pruning has
+    ended. Before that, components outside the mask may have revived; they are left out here.
+    """
+    if isinstance(model, DynamicLoRALinear):
+        return model.merge()
+    for name, layer in dynamic_layers(model).items():
+        model.set_submodule(name, layer.merge())
+    return model

@@ -1,0 +1,127 @@
+"""Every figure of the notebooks. Each function draws on the axes it is given, or on new ones."""
+
+import re
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+
+from drlora_ref.schedule import BudgetSchedule
+
+# The paper's Figure 2 labels the six matrices of a layer like this.
+MATRICES = {
+    r"(query|\bq|q_proj)$": "Wq",
+    r"(key|\bk|k_proj)$": "Wk",
+    r"(value|\bv|v_proj)$": "Wv",
+    r"(attention\.output\.dense|attn\.o|out_proj)$": "Wo",
+    r"(intermediate\.dense|fc1)$": "Wf1",
+    r"(output\.dense|fc2)$": "Wf2",
+}
+
+
+def use_style() -> None:
+    """Small, light figures: 72 dots an inch, no frame on the top and on the right."""
+    plt.rcParams.update(
+        {"figure.dpi": 72, "savefig.dpi": 72, "axes.spines.top": False, "axes.spines.right": False}
+    )
+
+
+def _axes(axes: plt.Axes | None, **size) -> plt.Axes:
+    return axes if axes is not None else plt.subplots(layout="constrained", **size)[1]
+
+
+def matrix_name(module: str) -> str:
+    """The paper's label of an adapted matrix, or the module's own last name.
+
+    >>> matrix_name("encoder.layer.3.attention.output.dense"), matrix_name("layer.3.output.dense")
+    ('Wo', 'Wf2')
+    """
+    labels = [label for pattern, label in MATRICES.items() if re.search(pattern, module)]
+    return labels[0] if labels else module.split(".")[-1]
+
+
+def plot_outer_products(lora_A: Tensor, lora_B: Tensor, lora_c: Tensor) -> plt.Figure:
+    """A sum of outer products as a row of pictures: c₁b₁a₁ᵀ + c₂b₂a₂ᵀ + ... = ΔW.
+
+    Shapes: lora_A (r, d_in), lora_B (d_out, r), lora_c (r,)
+    """
+    parts = torch.einsum("r,or,ri->roi", lora_c, lora_B, lora_A).detach()
+    pictures = [*parts, parts.sum(0)]
+    limit = max(p.abs().max().item() for p in pictures)
+    figure, axes = plt.subplots(
+        1, len(pictures), figsize=(2 * len(pictures), 2.2), layout="constrained"
+    )
+    titles = [f"c{i + 1} b{i + 1} a{i + 1}ᵀ" for i in range(len(parts))] + ["sum = ΔW"]
+    for ax, picture, title in zip(axes, pictures, titles, strict=True):
+        image = ax.imshow(picture, cmap="RdBu", vmin=-limit, vmax=limit)
+        ax.set(title=title, xticks=[], yticks=[])
+    figure.colorbar(image, ax=axes, shrink=0.8)
+    return figure
+
+
+def plot_trajectories(trajectories: Tensor, ylabel: str, axes: plt.Axes | None = None) -> plt.Axes:
+    """One line per component over the steps: trajectories (steps, components)."""
+    axes = _axes(axes, figsize=(6, 3))
+    axes.plot(range(1, len(trajectories) + 1), trajectories, lw=1.2)
+    axes.set(xlabel="step", ylabel=ylabel)
+    return axes
+
+
+def plot_budget(schedules: dict[str, BudgetSchedule], axes: plt.Axes | None = None) -> plt.Axes:
+    """b(t) of each schedule by name, with its pruning events as dots."""
+    axes = _axes(axes, figsize=(6, 3))
+    for label, schedule in schedules.items():
+        steps = range(schedule.total_steps + 1)
+        (line,) = axes.plot(steps, [schedule.budget(t) for t in steps], label=label)
+        events = [t for t in steps if schedule.prunes_at(t)]
+        axes.plot(events, [schedule.budget(t) for t in events], ".", color=line.get_color())
+    axes.set(xlabel="step t", ylabel="budget b(t), components per layer")
+    axes.legend(frameon=False)
+    return axes
+
+
+def plot_pruning_map(masks: dict[int, Tensor], axes: plt.Axes | None = None) -> plt.Axes:
+    """Which component survives after which event: masks {step: bool (N,)}; dark survives."""
+    axes = _axes(axes, figsize=(6, 3))
+    table = torch.stack(list(masks.values())).T.float()  # (N, events)
+    axes.imshow(table, cmap="Blues", vmin=0, vmax=1.3, aspect="auto", interpolation="nearest")
+    axes.set_xticks(range(len(masks)), masks, rotation=90, fontsize=7)
+    axes.set(xlabel="pruning event at step", ylabel="component, by position")
+    return axes
+
+
+def plot_rank_heatmap(
+    rank_pattern: dict[str, int], axes: plt.Axes | None = None, title: str = ""
+) -> plt.Axes:
+    """Surviving components by matrix (rows) and layer (columns), as the paper's Figure 2."""
+    cells = {}
+    for module, rank in rank_pattern.items():
+        index = re.search(r"\.(\d+)\.", module)
+        side = "d" if "decoder" in module else ""  # BART has two stacks of layers
+        cells[matrix_name(module), side + (index.group(1) if index else "0")] = rank
+    rows = list(dict.fromkeys(matrix for matrix, _ in cells))
+    columns = list(dict.fromkeys(layer for _, layer in cells))
+    table = [[cells.get((row, column), float("nan")) for column in columns] for row in rows]
+    axes = _axes(axes, figsize=(1.8 + 0.42 * len(columns), 1 + 0.36 * len(rows)))
+    image = axes.imshow(table, cmap="viridis", vmin=0, aspect="auto")
+    for y, row in enumerate(table):
+        for x, rank in enumerate(row):
+            bright = rank > 0.6 * max(max(cells.values()), 1)
+            axes.text(x, y, f"{rank:g}", ha="center", va="center", color="k" if bright else "w")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set(xlabel="layer", title=title)
+    axes.figure.colorbar(image, ax=axes, label="rank")
+    return axes
+
+
+def plot_learning_curve(record: dict, axes: plt.Axes | None = None) -> plt.Axes:
+    """Training loss of every step (left scale) and the metric of every evaluation (right)."""
+    axes = _axes(axes, figsize=(6, 3))
+    axes.plot(range(1, len(record["loss_curve"]) + 1), record["loss_curve"], lw=0.8, color="0.6")
+    axes.set(xlabel="step", ylabel="training loss")
+    right = axes.twinx()
+    evaluations = record["evaluations"]
+    right.plot([e["step"] for e in evaluations], [e["metric"] for e in evaluations], "o-")
+    right.set_ylabel(record.get("metric_name", "metric"))
+    return axes

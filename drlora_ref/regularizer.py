@@ -1,0 +1,53 @@
+"""Eq. 10: the Dimensional Equilibrium Modulator (DEM), which keeps a component's elements even."""
+
+from torch import Tensor, nn
+
+from drlora_ref.layer import dynamic_layers, stack_by_shape
+
+
+def dem_penalty(lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    """Mean variance within the components of one layer (Eq. 10, one layer's part).
+
+        R = (1/n) Σᵢ (Var(aᵢ) + Var(bᵢ))
+
+    A component whose elements are near zero but for a few large ones has a small norm, so it is
+    pruned early; yet its loss changes those few dimensions abruptly. A low variance rules it out.
+
+    Shapes: lora_A (..., r, d_in), lora_B (..., d_out, r) -> (...)
+    Raises ValueError if a vector has fewer than two elements: it has no variance.
+
+    Choice: the unbiased variance, as in the authors' code; they take *half* of R. We do as printed.
+
+    Read with care: the variance is taken *within* each vector, over its elements, never across
+    components. A constant vector of any length has none: DEM evens out, it does not shrink.
+
+    >>> import torch
+    >>> spike, even = torch.tensor([[2.0, 0, 0, 0]]), torch.ones(1, 4)  # one norm, two shapes
+    >>> dem_penalty(spike, even.T), dem_penalty(even, even.T)
+    (tensor(1.), tensor(0.))
+    """
+    if lora_A.shape[-1] < 2 or lora_B.shape[-2] < 2:
+        raise ValueError("a vector of fewer than two elements has no unbiased variance")
+    return (lora_A.var(dim=-1) + lora_B.var(dim=-2)).mean(dim=-1)
+
+
+def dem_loss(model: nn.Module) -> Tensor:
+    """R over all components of all layers (Eq. 10), a scalar with gradient: add dem_weight · R.
+
+    Layers of one shape share one call. Raises ValueError if the model has no adapted layer.
+
+    Choice: pruned components count too (the authors' code as well): they train on and may return.
+
+    >>> from drlora_ref.layer import DynamicLoRALinear
+    >>> layer = DynamicLoRALinear(nn.Linear(8, 8), r=2)
+    >>> bool(dem_loss(nn.Sequential(layer)) == dem_penalty(layer.lora_A, layer.lora_B))
+    True
+    """
+    layers = list(dynamic_layers(model).values())
+    if not layers:
+        raise ValueError("the model has no DynamicLoRALinear: call inject_adapters first")
+    total = sum(
+        dem_penalty(A, B).sum() * A.shape[-2]  # the mean over a layer's r components, times r
+        for _, (A, B, _) in stack_by_shape(layers)
+    )
+    return total / sum(layer.lora_c.numel() for layer in layers)
