@@ -85,8 +85,9 @@ class RankAllocator:
         if not 0 <= beta < 1:
             raise ValueError(f"beta = {beta}: must be at least 0 and less than 1")
         self.sizes = [layer.lora_c.numel() for layer in self.layers.values()]
-        if any(r != schedule.init_r for r in self.sizes):
-            raise ValueError(f"init_r = {schedule.init_r}, but layers have r = {set(self.sizes)}")
+        for r in self.sizes:
+            if r != schedule.init_r:
+                raise ValueError(f"init_r = {schedule.init_r}, but the layers have r = {r}")
 
         self.score_name = score if isinstance(score, str) else score.__name__
         self.score = SCORES.get(score, score)

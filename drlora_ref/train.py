@@ -121,7 +121,8 @@ def train(
         optimizer.zero_grad()
 
         health.append(torch.stack([loss, norm]))
-        if step % CHECK_EVERY == 0 or step == T or schedule.prunes_at(step):
+        evaluation_due = step % steps_per_epoch == 0 or step == T
+        if evaluation_due or step % CHECK_EVERY == 0 or schedule.prunes_at(step):
             flagged_at = first_non_finite(health)
             if flagged_at:
                 break
@@ -129,7 +130,7 @@ def train(
             allocator.step(step)  # lines 7-9
             if schedule.prunes_at(step):
                 kept.append([step, int(allocator.mask.sum())])
-        if step % steps_per_epoch == 0 or step == T:
+        if evaluation_due:
             before = time.perf_counter()
             evaluations.append({"step": step, "epoch": epoch, **evaluate(model)})
             evaluation_seconds += time.perf_counter() - before

@@ -1,0 +1,72 @@
+"""Problems with a known answer."""
+
+import pytest
+import torch
+
+from drlora_ref import planted
+
+SMALL = dict(dim=16, init_r=6, target_r=2, total_steps=600)
+
+
+def test_planted_updates_have_the_rank_and_the_singular_values_they_should():
+    updates = planted.plant([0, 1, 5], dim=8, generator=torch.Generator().manual_seed(0))
+    expected = [[0.0] * 8, [2.0] + [0.0] * 7, [2.0] * 5 + [0.0] * 3]
+    torch.testing.assert_close(
+        torch.linalg.svdvals(updates), torch.tensor(expected), atol=1e-5, rtol=0
+    )
+
+
+def test_the_layers_are_windows_on_the_stacked_tensors():
+    layers, stacks = planted.stacked_layers(3, dim=4, r=2)
+    with torch.no_grad():
+        stacks["lora_A"].add_(1)
+        layers[1].lora_c.fill_(7)
+    assert all(torch.equal(m.lora_A, a) for m, a in zip(layers, stacks["lora_A"], strict=True))
+    assert stacks["lora_c"].tolist() == [[0, 0], [7, 7], [0, 0]]
+    assert [n for n, p in layers.named_parameters() if p.requires_grad] == []
+
+
+def test_recovery_is_reproducible_and_leaves_the_global_generator_alone():
+    before = torch.random.get_rng_state()
+    first, second = (planted.recover([0, 4], seed=3, **SMALL) for _ in range(2))
+    assert first == second
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert planted.recover([0, 4], seed=4, **SMALL).relative_error != first.relative_error
+
+
+@pytest.mark.parametrize("score", ["frobenius_share", "frobenius_norm", "abs_c", "random"])
+def test_the_budget_is_exact_for_every_score(score):
+    result = planted.recover([0, 1, 3, 4], score=score, **SMALL)
+    assert sum(result.ranks) == 4 * 2 and list(result.rank_history)[-1] == 300
+    assert result.rank_history[300] == result.ranks
+
+
+def test_under_noise_the_norm_recovers_the_planted_ranks_better_than_the_share():
+    ranks, seeds = [0, 0, 1, 2, 4, 6, 8, 11], range(3)
+    errors = {
+        score: [planted.recover(ranks, score=score, seed=s).relative_error for s in seeds]
+        for score in ("frobenius_norm", "frobenius_share", "random")
+    }
+    assert max(errors["frobenius_norm"]) < min(errors["frobenius_share"])
+    assert max(errors["frobenius_share"]) < min(errors["random"])
+
+
+def test_a_score_may_be_a_function():
+    from drlora_ref import component_norms
+
+    by_function = planted.recover([0, 4], score=component_norms, **SMALL)
+    assert by_function == planted.recover([0, 4], score="frobenius_norm", **SMALL)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (dict(planted_ranks=[0, 33]), r"planted_ranks = \[0, 33\]: each must be between 0 and dim"),
+        (dict(planted_ranks=[1], noise=-1.0), "noise = -1.0"),
+        (dict(planted_ranks=[1], target_r=13), "target_r = 13 is above init_r = 12"),
+        (dict(planted_ranks=[1], score="norm"), "score = 'norm': must be one of"),
+    ],
+)
+def test_impossible_problems_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        planted.recover(**given)
