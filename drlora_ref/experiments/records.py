@@ -1,0 +1,106 @@
+"""A run's record: one JSON file, written whole or not at all."""
+
+import json
+import math
+import os
+import platform
+import re
+import uuid
+from pathlib import Path
+
+import datasets
+import peft
+import torch
+import transformers
+
+import drlora_ref
+
+TAKEN = "{} holds a record already: pass overwrite=True or take another output_dir"
+
+
+def check_output_dir(output_dir: str | Path, overwrite: bool = False) -> Path:
+    """The folder, made if need be; call it before the work whose record it is to hold.
+
+    Raises FileExistsError if it holds a record already, OSError if nothing can be written there.
+    """
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not overwrite and (folder / "record.json").exists():
+        raise FileExistsError(TAKEN.format(folder / "record.json"))
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} cannot be written to: take another output_dir")
+    return folder
+
+
+def write_record(record: dict, output_dir: str | Path, overwrite: bool = False) -> Path:
+    """Write record.json in one go; without `overwrite` a record that is there stays as it is.
+
+    Raises ValueError naming the key whose value is not JSON (NaN is not), FileExistsError.
+    """
+    _check_json(record, "record")
+    text = json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    target = check_output_dir(output_dir, overwrite) / "record.json"
+    temporary = target.with_name(f".record-{uuid.uuid4().hex}")
+    try:
+        with open(temporary, "x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        _move(temporary, target, overwrite)
+    except FileExistsError:  # another process was faster
+        raise FileExistsError(TAKEN.format(target)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def _move(temporary: Path, target: Path, overwrite: bool) -> None:
+    if not overwrite:
+        try:
+            return os.link(temporary, target)  # unlike os.replace, fails if the name is taken
+        except FileExistsError:
+            raise
+        except OSError:  # no links on this file system: claim the name, then fill it
+            open(target, "x").close()
+    os.replace(temporary, target)
+
+
+def _check_json(value, key: str) -> None:
+    if isinstance(value, dict) and all(isinstance(name, str) for name in value):
+        for name, item in value.items():
+            _check_json(item, f"{key}.{name}")
+    elif isinstance(value, list | tuple):
+        for place, item in enumerate(value):
+            _check_json(item, f"{key}[{place}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{key} = {value}: JSON has no such number")
+    elif not isinstance(value, str | int | float | None):
+        raise ValueError(f"{key} = {value!r}: not JSON (keys must be words, arrays become lists)")
+
+
+def read_record(path: str | Path) -> dict:
+    """The record in a file, or in a folder's record.json; ValueError if it is cut short."""
+    path = Path(path, "record.json") if Path(path).is_dir() else Path(path)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        _check_json(record, "record")
+        return record
+    except ValueError as error:
+        raise ValueError(f"{path} is not a whole, strict JSON record: {error}") from None
+
+
+def environment(device: str = "") -> dict[str, str | int]:
+    """Versions, device and threads for a record; no path and no machine's name.
+
+    `device`: "cpu" or "cuda"; by default the GPU if there is one.
+    """
+    name = platform.processor() or platform.machine()
+    if (device or ("cuda" if torch.cuda.is_available() else "cpu")) != "cpu":
+        name = torch.cuda.get_device_name(device or None)
+    elif Path("/proc/cpuinfo").exists():  # Linux knows the model's name, platform does not
+        named = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        name = named[1] if named else name
+    libraries = (drlora_ref, torch, transformers, peft, datasets)
+    versions = {library.__name__: str(library.__version__) for library in libraries}
+    python, threads = platform.python_version(), torch.get_num_threads()
+    return {"python": python, **versions, "device": name, "threads": threads}

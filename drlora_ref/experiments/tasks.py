@@ -1,0 +1,250 @@
+"""The paper's eight GLUE tasks (arXiv 1804.07461) and an embedded one: data, metric, evaluation."""
+
+import difflib
+import hashlib
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
+from scipy.stats import pearsonr
+from sklearn.metrics import accuracy_score, matthews_corrcoef
+
+from drlora_ref.experiments.grammar import grammar_sentences
+from drlora_ref.experiments.hub import fetch_from_hub
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row of TASKS: the hub's names, and what GLUE's raw files call the same things."""
+
+    folder: str
+    columns: dict[str, str]  # text columns: name on the hub -> name in the raw file
+    label_column: str
+    labels: tuple[str, ...]  # in the order of the hub's ClassLabel; empty: a score from 0 to 5
+    metric: str = "accuracy"
+    validation: tuple[str, ...] = ("validation",)
+    header: tuple[str, ...] = ()  # column names, where the file has no line for them
+
+
+ONE, TWO = {"sentence": "sentence"}, {"sentence1": "sentence1", "sentence2": "sentence2"}
+ACCEPTABLE, ENTAILS = ("unacceptable", "acceptable"), ("entailment", "not_entailment")
+TASKS = {
+    "cola": Task("CoLA", ONE, "label", ACCEPTABLE, "matthews",
+                 header=("source", "label", "star", "sentence")),
+    "sst2": Task("SST-2", ONE, "label", ("negative", "positive")),
+    "mrpc": Task("MRPC", {"sentence1": "#1 String", "sentence2": "#2 String"}, "Quality",
+                 ("not_equivalent", "equivalent")),
+    "stsb": Task("STS-B", TWO, "score", (), "pearson"),
+    "qqp": Task("QQP", {"question1": "question1", "question2": "question2"}, "is_duplicate",
+                ("not_duplicate", "duplicate")),
+    "mnli": Task("MNLI", {"premise": "sentence1", "hypothesis": "sentence2"}, "gold_label",
+                 ("entailment", "neutral", "contradiction"),
+                 validation=("validation_matched", "validation_mismatched")),
+    "qnli": Task("QNLI", {"question": "question", "sentence": "sentence"}, "label", ENTAILS),
+    "rte": Task("RTE", TWO, "label", ENTAILS),
+    "grammar": Task("", ONE, "label", ACCEPTABLE, "matthews"),
+}  # fmt: skip
+SAME = 1e-5  # one and the same score, rounded in batches of other lengths, varies by about 1e-6
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The splits of a task, where they came from, and a hash of what they hold."""
+
+    task: str
+    train: Dataset
+    validation: dict[str, Dataset]
+    source: str
+    fingerprint: str
+
+
+def get_task(task: str) -> Task:
+    """The row of TASKS; ValueError with the nearest name if there is none."""
+    if task not in TASKS:
+        near = "".join(difflib.get_close_matches(str(task).lower(), TASKS, n=1)) or "none"
+        raise ValueError(f"unknown task {task!r} (nearest: {near}): use {', '.join(TASKS)}")
+    return TASKS[task]
+
+
+def load_task(task: str, data_dir: str = "", train_size: int = 0, seed: int = 0) -> TaskData:
+    """A task's data: embedded ("grammar"), from a folder in GLUE's own layout, or from the hub.
+
+    The folder is `data_dir`, else the environment variable GLUE_DIR; the hub is asked only where
+    neither is set, and a source that fails is an error. Columns are the hub's in every case: text,
+    label, idx. `train_size` > 0 takes that many training rows at random, drawn with `seed`.
+    Raises ValueError (a wrong argument, column or label), FileNotFoundError, ConnectionError.
+
+    >>> load_task("grammar", train_size=50).train.num_rows
+    50
+    """
+    get_task(task)
+    if task == "grammar" and data_dir:
+        raise ValueError(f"data_dir = '{data_dir}': the embedded task 'grammar' takes none, use ''")
+    if train_size < 0:
+        raise ValueError(f"train_size = {train_size}: must be a number of rows, or 0 for all")
+    if task == "grammar":
+        splits, source = _embedded(), "embedded grammar set"
+    elif folder := str(data_dir) or os.environ.get("GLUE_DIR", ""):
+        splits, source = _from_folder(task, folder)
+    else:
+        splits, source = _from_hub(task)
+    train = splits.pop("train")
+    if train_size > len(train):
+        raise ValueError(f"train_size = {train_size}: {task} has {len(train)} training rows")
+    if train_size:
+        train = train.shuffle(seed=seed).select(range(train_size))
+    return TaskData(task, train, splits, source, _fingerprint({"train": train, **splits}))
+
+
+def _embedded() -> dict[str, Dataset]:
+    splits = {}
+    for split in ("train", "validation"):
+        rows = [(row["sentence"], row["label"]) for row in grammar_sentences(split)]
+        splits[split] = _dataset("grammar", [(*row, idx) for idx, row in enumerate(rows)])
+    return splits
+
+
+def _from_hub(task: str) -> tuple[dict[str, Dataset], str]:
+    found = fetch_from_hub(f"GLUE task {task!r}", datasets.load_dataset, "nyu-mll/glue", task)
+    wanted = ("train", *TASKS[task].validation)  # the test splits have no labels
+    return {split: found[split] for split in wanted}, "hub nyu-mll/glue"
+
+
+def _from_folder(task: str, folder: str) -> tuple[dict[str, Dataset], str]:
+    root = Path(folder).expanduser() / TASKS[task].folder
+    splits = ("train", *TASKS[task].validation)
+    files = {split: root / f"{split.replace('validation', 'dev')}.tsv" for split in splits}
+    if missing := [str(path) for path in files.values() if not path.is_file()]:
+        layout = ", ".join(f"{root.name}/{path.name}" for path in files.values())
+        raise FileNotFoundError(f"{', '.join(missing)} not found: a GLUE folder holds {layout}")
+    read, dropped = zip(*[_read_tsv(path, task) for path in files.values()], strict=True)
+    note = f" ({sum(dropped)} incomplete rows dropped)" if any(dropped) else ""
+    return dict(zip(splits, read, strict=True)), f"GLUE folder {folder}{note}"
+
+
+def _read_tsv(path: Path, task: str) -> tuple[Dataset, int]:
+    # GLUE's files quote nothing: a lone " and the words NA and null are text. So split, no parser.
+    lines = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+    found = lines[0].split("\t")
+    header = TASKS[task].header[: len(found)] or tuple(found)
+    raw = [*TASKS[task].columns.values(), TASKS[task].label_column]
+    if missing := [column for column in raw if column not in header]:
+        raise ValueError(f"{path} lacks the columns {missing}; its first line holds {found}")
+    places = [header.index(column) for column in raw]
+    rows, skip = [], 0 if TASKS[task].header else 1
+    for idx, line in enumerate(lines[skip:]):
+        fields = line.split("\t")
+        # A row that ends early (QQP has some) goes, as on the hub, and the others keep their idx.
+        if len(fields) > max(places) and fields[places[-1]]:
+            *text, label = (fields[place] for place in places)
+            rows.append((*text, _label(label, task, f"{path}, line {idx + skip + 1}"), idx))
+    if not rows:
+        raise ValueError(f"{path} holds no complete row of {raw}")
+    return _dataset(task, rows), len(lines) - skip - len(rows)
+
+
+def _label(text: str, task: str, where: str) -> int | float:
+    names = TASKS[task].labels
+    numbers = {key: n for n, name in enumerate(names) for key in (str(n), name)}
+    with suppress(KeyError, ValueError):
+        label = numbers[text] if names else float(text)
+        if 0 <= label <= 5:
+            return label
+    allowed = f"one of {', '.join(numbers)}" if names else "a number from 0 to 5"
+    raise ValueError(f"{where}: label {text!r} must be {allowed}")
+
+
+def _dataset(task: str, rows: list[tuple]) -> Dataset:
+    names = list(TASKS[task].labels)
+    label = ClassLabel(names=names) if names else Value("float32")
+    text = {name: Value("string") for name in TASKS[task].columns}
+    features = Features({**text, "label": label, "idx": Value("int32")})
+    columns = zip(*rows, strict=True)
+    return Dataset.from_dict(dict(zip(features, columns, strict=True)), features=features)
+
+
+def _fingerprint(splits: dict[str, Dataset]) -> str:
+    # Without idx: the hub numbers MRPC's rows otherwise than the folder does.
+    held = {split: rows.remove_columns("idx")[:] for split, rows in splits.items()}
+    return hashlib.sha256(repr(held).encode()).hexdigest()[:16]
+
+
+def encode(dataset: Dataset, tokenizer, task: str, max_length: int) -> Dataset:
+    """Token ids of one or two text columns, cut to `max_length` and not padded, plus "labels".
+
+    Raises ValueError where `max_length` exceeds what the tokenizer's model can read.
+    """
+    if not 0 < max_length <= tokenizer.model_max_length:
+        raise ValueError(f"max_length = {max_length}: must be 1 to {tokenizer.model_max_length}")
+    parts = []
+    for rows in dataset.iter(10_000):  # all of MNLI at once would take 4 GB
+        text = [rows[name] for name in get_task(task).columns]
+        tokens = tokenizer(*text, truncation=True, max_length=max_length)
+        parts.append(Dataset.from_dict({**tokens, "labels": rows["label"]}))
+    return concatenate_datasets(parts)
+
+
+def metric(task: str, predictions, labels) -> float:
+    """The paper's metric as a fraction: Matthews (CoLA), Pearson (STS-B), accuracy (the others).
+
+    Shapes: predictions and labels (n,): class numbers, or STS-B's scores.
+
+    Choice: 0.0, not NaN, where Pearson is undefined (predictions or labels all equal; Matthews is
+    0.0 there by convention) and where a prediction is NaN. The paper is silent.
+
+    >>> round(metric("cola", predictions=[0, 1, 1, 1], labels=[0, 1, 0, 1]), 4)
+    0.5774
+    """
+    kind, predictions = get_task(task).metric, np.asarray(predictions, dtype=float)
+    if not np.isfinite(predictions).all():
+        return 0.0
+    if kind == "pearson":
+        undefined = min(np.ptp(predictions), np.ptp(labels)) < SAME
+        return 0.0 if undefined else float(pearsonr(predictions, labels).statistic)
+    score = matthews_corrcoef if kind == "matthews" else accuracy_score
+    return float(score(labels, predictions.astype(int)))
+
+
+def evaluate(model, encoded_validation, task: str, collate, batch_size: int = 64) -> dict:
+    """`metric` on the validation data (mean of its splits: MNLI has two), and whether `collapsed`.
+
+    `encoded_validation`: an encoded Dataset per split. Collapsed: the model says the same of every
+    sentence, or NaN of any; even an accuracy of 0.68 (MRPC's majority) is then a failed run. The
+    model is left in the mode it was in, and no random number is drawn.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    predictions, scores = [], []
+    model.eval()
+    try:
+        for rows in encoded_validation.values():
+            predictions.append(_predict(model, rows, get_task(task), collate, batch_size))
+            scores.append(metric(task, predictions[-1], rows["labels"][:]))
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    pooled = np.concatenate(predictions)
+    if not np.isfinite(pooled).all():
+        return {"metric": 0.0, "collapsed": True}
+    return {"metric": float(np.mean(scores)), "collapsed": bool(np.ptp(pooled) < SAME)}
+
+
+@torch.no_grad()
+def _predict(model, rows: Dataset, entry: Task, collate, batch_size: int) -> np.ndarray:
+    device = next(model.parameters()).device
+    predictions = np.empty(len(rows))
+    # Alike lengths together. No DataLoader: it would draw from the training's random numbers.
+    order = np.argsort([len(ids) for ids in rows["input_ids"][:]], kind="stable")
+    for chosen in np.split(order, range(batch_size, len(order), batch_size)):
+        batch = collate(rows.select(chosen).to_list())
+        batch = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = model(**batch).logits.float()
+        best = logits.argmax(-1) if entry.labels else logits.squeeze(-1)
+        # argmax would make a class of NaN
+        predictions[chosen] = best.float().where(logits.isfinite().all(-1), torch.nan).cpu()
+    return predictions

