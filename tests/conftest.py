@@ -1,10 +1,20 @@
 """What several test files share: random adapters away from zero, and a tiny encoder."""
 
+import re
+
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
+from transformers import (
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    RobertaModel,
+)
 
 from drlora_ref import DynamicLoRALinear
+from drlora_ref.experiments.grammar import grammar_sentences
 
 
 @pytest.fixture(autouse=True)
@@ -31,17 +41,35 @@ def layers_of_two_shapes(n: int = 4, r: int = 3) -> nn.Sequential:
     return nn.Sequential(*[randomised(DynamicLoRALinear(nn.Linear(*s), r)) for s in sizes])
 
 
-@pytest.fixture
-def tiny_roberta():
-    """A random RoBERTa classifier, two layers of hidden size 16, in float32."""
-    from transformers import RobertaConfig, RobertaForSequenceClassification
-
-    config = RobertaConfig(
-        vocab_size=50,
+def tiny_config(vocab_size: int = 50) -> RobertaConfig:
+    """Two layers of hidden size 16."""
+    return RobertaConfig(
+        vocab_size=vocab_size,
         hidden_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=32,
-        max_position_embeddings=40,
+        max_position_embeddings=70,
     )
-    return RobertaForSequenceClassification(config)
+
+
+@pytest.fixture
+def tiny_roberta():
+    """A random RoBERTa classifier, two layers of hidden size 16, in float32."""
+    return RobertaForSequenceClassification(tiny_config())
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory):
+    """A folder as transformers saves it: random RoBERTa, tokenizer for the embedded task."""
+    folder = tmp_path_factory.mktemp("encoder")
+    sentences = " ".join(row["sentence"] for row in grammar_sentences("train"))
+    words = ["<s>", "<pad>", "</s>", "<unk>", *sorted(set(re.findall(r"\w+|[^\w\s]+", sentences)))]
+    vocab = {word: n for n, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "model_max_length": 64}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    torch.manual_seed(0)
+    RobertaModel(tiny_config(len(vocab))).to(torch.bfloat16).save_pretrained(folder)
+    return folder

@@ -117,5 +117,5 @@ def test_ema_equals_the_weighted_sum_of_the_past(beta, values):
 
 @pytest.mark.parametrize("beta", [-0.1, 1.0, 1.5, float("nan")])
 def test_ema_refuses_a_beta_outside_its_range(beta):
-    with pytest.raises(ValueError, match="beta = .*at least 0 and less than 1"):
+    with pytest.raises(ValueError, match=r"beta = .*at least 0 and less than 1"):
         ema_update(torch.zeros(2), torch.ones(2), beta)

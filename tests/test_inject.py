@@ -141,7 +141,7 @@ def test_merging_a_bare_layer_returns_a_linear():
 
 
 def test_a_target_that_matches_nothing_is_named_with_near_names(tiny_roberta):
-    with pytest.raises(ValueError, match="'querry' matches no module .* near name: query"):
+    with pytest.raises(ValueError, match=r"'querry' matches no module .* near name: query"):
         inject_adapters(tiny_roberta, ["querry", "key"])
     assert not dynamic_layers(tiny_roberta)  # nothing was changed
 
@@ -152,14 +152,14 @@ def test_a_target_in_the_head_matches_nothing(tiny_roberta):
 
 
 def test_a_target_that_is_not_linear_is_refused(tiny_roberta):
-    with pytest.raises(TypeError, match="word_embeddings is Embedding; only nn.Linear"):
+    with pytest.raises(TypeError, match=r"word_embeddings is Embedding; only nn.Linear"):
         inject_adapters(tiny_roberta, ["query", "word_embeddings"])
     assert not dynamic_layers(tiny_roberta)
 
 
 def test_adapting_twice_is_refused(tiny_roberta):
     inject_adapters(tiny_roberta, r=2)
-    with pytest.raises(TypeError, match="is DynamicLoRALinear; only nn.Linear"):
+    with pytest.raises(TypeError, match=r"is DynamicLoRALinear; only nn.Linear"):
         inject_adapters(tiny_roberta, r=2)
 
 
@@ -170,5 +170,5 @@ def test_an_impossible_rank_changes_nothing(tiny_roberta):
 
 
 def test_a_model_without_default_targets_is_refused_by_its_kind():
-    with pytest.raises(ValueError, match="no default target_modules for 'Linear' .*roberta, bert"):
+    with pytest.raises(ValueError, match=r"no default target_modules for 'Linear' .*roberta, bert"):
         inject_adapters(nn.Linear(2, 2))

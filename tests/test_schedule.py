@@ -1,5 +1,6 @@
 """Eq. 9: endpoints, monotonicity and counts, at every step of many schedules."""
 
+import itertools
 from fractions import Fraction
 
 import pytest
@@ -30,7 +31,7 @@ def test_budget_starts_at_init_r_ends_at_target_r_and_never_grows(schedule):
     budgets = [schedule.budget(t) for t in range(schedule.total_steps + 1)]
     assert budgets[: schedule.tinit + 1] == [schedule.init_r] * (schedule.tinit + 1)
     assert budgets[schedule.t_end :] == [schedule.target_r] * (schedule.tfinal + 1)
-    assert all(later <= earlier for earlier, later in zip(budgets, budgets[1:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(budgets))
 
 
 @given(schedules(), st.integers(1, 80))

@@ -1,0 +1,156 @@
+"""The notebooks: hygiene of the committed copies, solutions substituted and run, 09 by papermill.
+
+Their outputs are compared by nbval (see the Makefile); a notebook that was never executed passes
+nbval, so the hygiene tests look for that.
+"""
+
+import ast
+import json
+import re
+import statistics
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+from IPython.core.inputtransformer2 import TransformerManager
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+OPENING = ["# ", "**One question:**", "**You will**", "**Needs:**", "**Runs on**", "**Checked by**"]
+CLOSING = ["What we now know", "What the paper does not say", "Where next"]
+ABSOLUTE = re.compile(r"(?<![\w.:/])/(?:home|root|Users|tmp|work|opt|mnt|usr)/[\w.\-]+")
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def cells(path: Path, kind: str = "code") -> list:
+    return [c for c in nbformat.read(path, 4).cells if c.cell_type == kind and c.source.strip()]
+
+
+def tags(cell) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def names(source: str, context: type) -> set[str]:
+    tree = ast.parse(TransformerManager().transform_cell(source))
+    nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, context)]
+    return {node.id for node in nodes}
+
+
+def solutions(path: Path) -> dict[str, str]:
+    """{tag: source} of the answers to a notebook."""
+    text = (ROOT / "notebooks" / "solutions" / f"{path.stem}.py").read_text()
+    parts = re.split(r"^# %% (exercise-\d+)\n", text, flags=re.M)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def test_the_notebooks_are_numbered_without_a_gap():
+    assert [path.name[:2] for path in NOTEBOOKS] == [f"{i:02}" for i in range(len(NOTEBOOKS))]
+    assert len(NOTEBOOKS) >= 10
+
+
+@each_notebook
+def test_was_executed_top_to_bottom_without_error_or_warning(path):
+    code = cells(path)
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell.outputs]
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+
+
+@each_notebook
+def test_holds_nothing_of_the_machine_it_ran_on(path):
+    outputs = json.dumps([cell.outputs for cell in cells(path)])
+    assert not ABSOLUTE.search(outputs)
+    book = nbformat.read(path, 4)
+    nbformat.validate(book)
+    assert book.metadata.kernelspec.name == "python3"
+    assert not [c for c in book.cells if "injected-parameters" in tags(c)]
+    assert "papermill" not in book.metadata and not [
+        c for c in book.cells if "execution" in c.metadata
+    ]
+
+
+@each_notebook
+def test_is_small_and_light_on_pictures(path):
+    assert path.stat().st_size < 150_000
+    data = [o.get("data", {}) for cell in cells(path) for o in cell.outputs]
+    assert sum("image/png" in item for item in data) <= 3
+    assert not [item for item in data if "image/svg+xml" in item or "text/html" in item]
+
+
+@each_notebook
+def test_opens_and_closes_as_every_notebook_does(path):
+    prose = cells(path, "markdown")
+    title = f"# {path.name[:2]} · "
+    assert prose[0].source.startswith(title)
+    assert all(field in prose[0].source for field in OPENING)
+    assert all(field in prose[-1].source for field in CLOSING)
+
+
+@each_notebook
+def test_code_cells_are_small(path):
+    lengths = [
+        len(cell.source.splitlines()) for cell in cells(path) if "parameters" not in tags(cell)
+    ]
+    assert max(lengths) <= 25 and statistics.median(lengths) <= 6
+
+
+@each_notebook
+def test_asks_for_predictions_and_asserts_its_claims(path):
+    prose = "\n".join(cell.source for cell in cells(path, "markdown"))
+    assert prose.count("**Predict.**") >= 1
+    assert sum("assert " in cell.source for cell in cells(path)) >= 3
+
+
+@each_notebook
+def test_has_one_parameters_cell_of_literals_that_are_read_and_never_rebound(path):
+    code = cells(path)
+    (at,) = [i for i, cell in enumerate(code) if "parameters" in tags(cell)]
+    for statement in ast.parse(code[at].source).body:
+        ast.literal_eval(statement.value)  # raises for anything but a literal
+    assert all("#" in line for line in code[at].source.splitlines())  # each says what it is
+    given = names(code[at].source, ast.Store)
+    assert given == set(papermill.inspect_notebook(str(path)))
+    later = [cell.source for cell in code[at + 1 :]]
+    assert not given & set().union(*[names(source, ast.Store) for source in later])
+    read = set().union(*[names(source, ast.Load) for source in later])
+    words = set(re.findall(r"\w+", "\n".join(later)))  # 09 also reads them by name, for its record
+    assert given <= (read | words)
+
+
+@each_notebook
+def test_exercises_run_unsolved_and_have_answers(path):
+    code = cells(path)
+    exercises = [t for cell in code for t in tags(cell) if t.startswith("exercise-")]
+    assert 2 <= len(exercises) <= 4
+    assert set(solutions(path)) == set(exercises)
+    for number in range(1, len(exercises) + 1):
+        (check,) = [cell for cell in code if f"check-{number}" in tags(cell)]
+        assert check.outputs[0].text == f"Exercise {number}: not solved yet\n"
+
+
+# What makes a solved notebook cheaper to run than the committed one, where its claims allow that.
+SMALLER = {}
+
+
+@each_notebook
+def test_the_solutions_solve_the_exercises(path, tmp_path, tiny_encoder):
+    book, answers = nbformat.read(path, 4), solutions(path)
+    for cell in book.cells:
+        for tag in set(tags(cell)) & set(answers):
+            cell.source = answers[tag]
+    nbformat.write(book, tmp_path / "solved.ipynb")
+    given = SMALLER.get(path.name[:2], {})
+    if path.name.startswith("09"):
+        given = {"model_name": str(tiny_encoder), "max_steps": 20, "train_size": 200}
+    done = papermill.execute_notebook(
+        tmp_path / "solved.ipynb",
+        None,
+        given,
+        kernel_name="python3",
+        cwd=tmp_path,
+        progress_bar=False,
+    )
+    text = "".join(o.get("text", "") for cell in done.cells for o in cell.get("outputs", []))
+    for number in range(1, len(answers) + 1):
+        assert f"Exercise {number}: correct" in text
