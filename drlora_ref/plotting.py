@@ -51,7 +51,7 @@ def plot_outer_products(lora_A: Tensor, lora_B: Tensor, lora_c: Tensor) -> plt.F
     figure, axes = plt.subplots(
         1, len(pictures), figsize=(2 * len(pictures), 2.2), layout="constrained"
     )
-    titles = [f"c{i + 1} b{i + 1} a{i + 1}ᵀ" for i in range(len(parts))] + ["sum = ΔW"]
+    titles = [rf"$c_{i} b_{i} a_{i}^\top$" for i in range(1, len(parts) + 1)] + ["sum = ΔW"]
     for ax, picture, title in zip(axes, pictures, titles, strict=True):
         image = ax.imshow(picture, cmap="RdBu", vmin=-limit, vmax=limit)
         ax.set(title=title, xticks=[], yticks=[])
