@@ -119,7 +119,8 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
     An adapter counts its *surviving* components, d_in + d_out each; c is not counted, since it
     folds into lora_B. Any other trainable parameter outside the head counts as adapter, so the
-    same function serves PEFT's LoRA.
+    same function serves PEFT's LoRA. On the meta device give the masks values first: they are
+    what is counted.
 
     >>> count_parameters(DynamicLoRALinear(nn.Linear(10, 5), r=3))
     {'adapter': 45, 'head': 0}

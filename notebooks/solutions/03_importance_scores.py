@@ -1,0 +1,22 @@
+# Answers to notebook 03. A test puts each cell in the place of its stub and runs the notebook.
+
+# %% exercise-1
+# Orthogonal components of norm |c|: a 3-4-5 triangle. The first has the share 3/5.
+scalars = [3.0, 4.0]
+
+
+# %% exercise-2
+# ‖cᵢ bᵢ ⟨aᵢ, x⟩‖ = |cᵢ| ‖bᵢ‖ |⟨aᵢ, x⟩|: only the reading ⟨aᵢ, x⟩ depends on the input. With
+# isotropic inputs its mean square is ‖aᵢ‖², and this is component_norms again.
+def norms_on_inputs(lora_A, lora_B, lora_c, x):
+    reading = (x @ lora_A.T).square().mean(dim=0).sqrt()  # (r,)
+    return lora_c.abs() * lora_B.norm(dim=0) * reading
+
+
+# %% exercise-3
+# The components cancel inside the product of two small triangles, entry by entry, *before*
+# anything is squared. The Gram form squares first, and so loses half of the digits.
+def norm_by_qr(lora_A, lora_B, lora_c):
+    R_B = torch.linalg.qr(lora_B, mode="r").R  # (r, r)
+    R_A = torch.linalg.qr(lora_A.T, mode="r").R
+    return ((R_B * lora_c) @ R_A.T).norm()
