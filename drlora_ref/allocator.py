@@ -57,7 +57,8 @@ class RankAllocator:
     unknown score, and for beta outside [0, 1).
 
     Read with care: once pruning has ended, zeros must be written again after every optimizer step.
-    AdamW remembers past gradients, so its next step moves a c that was just set to zero.
+    The gradient of a c at zero is not zero, and AdamW also remembers past gradients: either moves
+    it. And the budget counts for all layers together; under Eq. 7 too, a layer can lose everything.
 
     >>> from drlora_ref.layer import DynamicLoRALinear
     >>> model = nn.Sequential(*[DynamicLoRALinear(nn.Linear(4, 4), r=3) for _ in range(2)])

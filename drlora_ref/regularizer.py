@@ -10,8 +10,8 @@ def dem_penalty(lora_A: Tensor, lora_B: Tensor) -> Tensor:
 
         R = (1/n) Σᵢ (Var(aᵢ) + Var(bᵢ))
 
-    A component whose elements are near zero but for a few large ones has a small norm, so it is
-    pruned early; yet its loss changes those few dimensions abruptly. A low variance rules it out.
+    The paper's reason: a component that is near zero but for a few large elements has a small norm
+    and is pruned early, and then those few dimensions change abruptly (notebook 07 examines it).
 
     Shapes: lora_A (..., r, d_in), lora_B (..., d_out, r) -> (...)
     Raises ValueError if a vector has fewer than two elements: it has no variance.
@@ -19,7 +19,8 @@ def dem_penalty(lora_A: Tensor, lora_B: Tensor) -> Tensor:
     Choice: the unbiased variance, as in the authors' code; they take *half* of R. We do as printed.
 
     Read with care: the variance is taken *within* each vector, over its elements, never across
-    components. A constant vector of any length has none: DEM evens out, it does not shrink.
+    components. It knows a vector's length and mean, nothing else: (d - 1) Var = ‖a‖² - d·mean². A
+    constant vector of any length costs nothing; one of mean zero is shrunk as by weight decay.
 
     >>> import torch
     >>> spike, even = torch.tensor([[2.0, 0, 0, 0]]), torch.ones(1, 4)  # one norm, two shapes

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import papermill
 import yaml
+from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from drlora_ref.experiments.records import check_output_dir
@@ -80,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     except PapermillExecutionError as error:
         print(f"{error.ename}: {error.evalue}", file=sys.stderr)
         return 1
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, DeadKernelError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     print(f"executed notebook, record and figures: {executed.parent}")

@@ -1,241 +1,148 @@
-"""The embedded task: minimal pairs of English grammar, acceptable (1) or not (0)."""
+"""The embedded task "grammar": minimal pairs of English, labelled acceptable (1) or not (0)."""
 
 import random
 import re
+from itertools import cycle
 
-SIZES = {"train": 80, "validation": 20}
+PAIRS = {"train": 120, "validation": 30}  # per phenomenon
 
-# [a|b] sets the context, <a|b> is the word under test; {name} is a word of that class.
+# phenomenon: (frames of the training half, frames of the validation half)
 FRAMES = {
-    "agreement": (
-        [
-            "The {person}[|s] {sing}<s|> every morning.",
-            "At school our {person}[|s] {sing}<s|>, but nobody else does.",
-            "{name} knows that the {person}[|s] often {sing}<s|>.",
-        ],
-        [
-            "My {person}[|s] never {sing}<s|> during lunch.",
-            "When the {person}[|s] {sing}<s|>, {name} leaves.",
-        ],
-    ),
-    "attractor": (
-        [
-            "The {thing}[|s] near the {thing2}s <is|are> {new}.",
-            "The {thing}[|s] beside the {thing2} <was|were> {new} yesterday.",
-            "The {person}[|s] who helped the {person2}s <has|have> arrived.",
-        ],
-        [
-            "A month ago the {thing}[|s] behind the {thing2}s <was|were> {new}.",
-            "Perhaps the {person}[|s] from the {place}s <is|are> asleep.",
-        ],
-    ),
-    "determiner": (
-        [
-            "{name} bought <this|these> {thing}[|s] yesterday.",
-            "<That|Those> {thing}[|s] fell to the floor.",
-            "The {person} painted <that|those> {new} {thing}[|s].",
-        ],
-        [
-            "Somebody left <this|these> {thing}[|s] behind.",
-            "Without <that|those> {thing}[|s], {name} felt lost.",
-        ],
-    ),
-    "reflexive": (
-        [
-            "The {kin} {blamed} <himself|herself> again.",
-            "At school {couple} {blamed} <himself|herself>.",
-            "[I|We] never {blamed} <myself|ourselves>.",
-        ],
-        [
-            "My {kin} clearly {blamed} <himself|herself> during the trip.",
-            "[He|They] secretly {blamed} <himself|themselves>.",
-        ],
-    ),
-    "verb form": (
-        [
-            "{name} [is|can] {paint}<ing|> the {thing}.",
-            "The {person}s [have|must] {paint}<ed|> every {thing}.",
-            "The {person} [has|did] not {paint}<ed|> our {thing}s.",
-        ],
-        [
-            "Perhaps {name} [was|should] {paint}<ing|> some {thing}s.",
-            "My {person} [had|might] already {paint}<ed|> a {thing}.",
-        ],
-    ),
-    "polarity": (
-        [
-            "{name} [did not|] {paint}[|ed], and <neither|so> did {name2}.",
-            "The {person} [cannot|can] {sing}, and <neither|so> can the {person2}.",
-            "The {person} [did not|] {paint}[|ed], and {name} [did not|] {paint}[|ed] <either|too>.",
-        ],
-        [
-            "My {person}s [will not|will] {sing}, and <neither|so> will {name}.",
-            "{name} [would not|would] {sing}, and my {person} [would not|would] {sing} <either|too>.",
-        ],
-    ),
-    "inversion": (
-        [
-            "[|{name} knows] when <will the {person}|the {person} will> {sing}[?|.]",
-            "[|We remember] where <can our {person}s|our {person}s can> {sing}[?|.]",
-            "[|The {person} said] what <is {name}|{name} is> {paint}ing[?|.]",
-        ],
-        [
-            "[|Somebody explained] why <should {name}|{name} should> {sing}[?|.]",
-            "[|My {person} forgot] how <could a {person2}|a {person2} could> {paint} the {thing}[?|.]",
-        ],
-    ),
-    "order": (
-        [
-            "The {thing} looked <[very|enough] {new}|{new} [very|enough]>.",
-            "The <{new} {thing}|{thing} {new}> fell to the floor.",
-            "{name} gave <the {person} a {thing}|a {thing} the {person}> yesterday.",
-        ],
-        [
-            "Nobody felt <[very|enough] {calm}|{calm} [very|enough]>.",
-            "Somebody moved my <{new} {thing}|{thing} {new}>.",
-        ],
-    ),
-    "argument": (
-        [
-            "The {person} {greet} the {person2}.",
-            "At school {name} {greet} our {person}s.",
-            "{name} often {greet} {name2}.",
-        ],
-        [
-            "My {person} secretly {greet} {name}.",
-            "Somebody {greet} a {person} during lunch.",
-        ],
-    ),
-    "complement": (
-        [
-            "{name} {enjoyed} <{paint}ing|to {paint}> the {thing}.",
-            "The {person} {enjoyed} <{paint}ing|to {paint}> with {name}.",
-            "Every {person} {enjoyed} <{paint}ing|to {paint}> yesterday.",
-        ],
-        [
-            "My {person}s {enjoyed} <{paint}ing|to {paint}> some {thing}s.",
-            "Somebody {enjoyed} <{paint}ing|to {paint}> it during lunch.",
-        ],
-    ),
-    "quantifier": (
-        [
-            "We did not buy <much|many> [{rice}|{thing}s].",
-            "The {person} wasted too <much|many> [{rice}|{thing}s].",
-            "How <much|many> [{rice}|{thing}s] did {name} see?",
-        ],
-        [
-            "My {person} keeps so <much|many> [{rice}|{thing}s] indoors.",
-            "Nobody needs as <much|many> [{rice}|{thing}s] as {name}.",
-        ],
-    ),
-    "case": (
-        [
-            "[The {person} {met}|] <him|he> [|{met} the {person}] yesterday.",
-            "[{name} often {met}|] <her|she> [|often {met} {name}].",
-            "[Every {person} {met}|] <them|they> [|{met} every {person}].",
-        ],
-        [
-            "Perhaps [a {person} {met}|] <him|he> [|{met} a {person}].",
-            "[My {person}s secretly {met}|] <them|they> [|secretly {met} my {person}s].",
-        ],
-    ),
-    "comparative": (
-        [
-            "The {thing} was [as|] {new}<|er> [as|than] the {thing2}.",
-            "{name} bought a {thing} [as|] {new}<|er> [as|than] yours.",
-            "This {thing} looked [as|] {new}<|er> [as|than] that {thing2}.",
-        ],
-        [
-            "Nobody moved a {thing} [as|] {new}<|er> [as|than] mine.",
-            "My {thing}s seem [as|] {new}<|er> [as|than] any {thing2}.",
-        ],
-    ),
-    "article": (
-        [
-            "{name} bought <a|an> [{thing}|{apple}] yesterday.",
-            "<A|An> [{thing}|{apple}] fell to the floor.",
-            "The {person} has <a|an> [{thing}|{apple}] and two {thing2}s.",
-        ],
-        [
-            "Somebody left <a|an> [{thing}|{apple}] behind.",
-            "Perhaps {name} needs <a|an> [{thing}|{apple}] during the trip.",
-        ],
-    ),
-    "adverb": (
-        [
-            "The [|{person}] {quiet}<|ly> [{person}|] laughed.",
-            "{name} met the [|{person}s who] {quiet}<|ly> [{person}s who|] worked.",
-            "Every [|{person}] {quiet}<|ly> [{person}|] opened the door.",
-        ],
-        [
-            "My [|{person}] {quiet}<|ly> [{person}|] coughed during lunch.",
-            "Perhaps a [|{person}] {quiet}<|ly> [{person}|] moved it.",
-        ],
-    ),
+    "determiner position": ([
+        "Every morning <the {person}|{person} the> {work}s.",
+        "{name} met <the {young} {person}|{young} the {person}> yesterday.",
+        "At school <your {thing}|{thing} your> fell.",
+    ], [
+        "Somebody moved <my {red} {thing}|{red} my {thing}>.",
+        "Perhaps <a {person}|{person} a> {work}s during lunch.",
+    ]),
+    "degree position": ([
+        "The {thing} looked <[very|enough] {red}|{red} [very|enough]>.",
+        "At school {name} is <[quite|enough] {young}|{young} [quite|enough]>.",
+    ], [
+        "Nobody felt <[so|enough] {young}|{young} [so|enough]>.",
+        "Perhaps {name} seemed <[too|enough] {young}|{young} [too|enough]>.",
+    ]),
+    "preposition position": ([
+        "The {person} {work}s <near the {thing}|the {thing} near>.",
+        "{name} {paint}ed the {thing} <with {name2}|{name2} with> yesterday.",
+        "At school the {person}s {work} <beside your {thing}|your {thing} beside>.",
+    ], [
+        "Somebody laughed <behind my {thing}|my {thing} behind>.",
+        "Perhaps a {person} waited <for {name}|{name} for>.",
+    ]),
+    "auxiliary order": ([
+        "The {person} <must have|have must> {paint}ed the {thing}.",
+        "At school {name} <will be|be will> {work}ing.",
+        "Your {person}s <have been|been have> {paint}ing every {thing}.",
+    ], [
+        "Perhaps {name} <could be|be could> {paint}ing some {thing}s.",
+        "My {person} <had been|been had> {paint}ing a {thing}.",
+    ]),
+    "verb position": ([
+        "At school <{name} {met}|{met} {name}> your {person}.",
+        "Every {person} <{paint}ed the {thing}|the {thing} {paint}ed> yesterday.",
+        "{name} <bought a {red} {thing}|a {red} {thing} bought>.",
+    ], [
+        "Perhaps my {person} <{met} a {person2}|a {person2} {met}>.",
+        "Somebody <moved my {thing}|my {thing} moved> during lunch.",
+    ]),
+    "coordination": ([
+        "{name} <and {name2}|{name2} and> often {work}.",
+        "The {person} bought the {thing} <and the {thing2}|the {thing2} and> yesterday.",
+        "At school {name} <{work}s and {work2}s|{work}s {work2}s and>.",
+    ], [
+        "Somebody moved my {thing} <or my {thing2}|my {thing2} or> during lunch.",
+        "Perhaps {name} <or {name2}|{name2} or> coughed.",
+    ]),
+    "verb form": ([
+        "{name} [is|can] {paint}<ing|> the {thing}.",
+        "The {person}s [have|must] {paint}<ed|> every {thing}.",
+        "The {person} [has|did] not {paint}<ed|> your {thing}s.",
+    ], [
+        "Perhaps {name} [was|should] {paint}<ing|> some {thing}s.",
+        "My {person} [had|might] already {paint}<ed|> a {thing}.",
+    ]),
+    "complement": ([
+        "{name} {enjoyed} <{paint}ing|to {paint}> the {thing}.",
+        "At school the {person} {enjoyed} <{paint}ing|to {paint}> every {thing}.",
+        "Your {person}s {enjoyed} <{paint}ing|to {paint}> the {red} {thing}.",
+    ], [
+        "My {person} {enjoyed} <{paint}ing|to {paint}> some {thing}s.",
+        "Somebody {enjoyed} <{paint}ing|to {paint}> a {thing} during lunch.",
+    ]),
+    "agreement": ([
+        "{name} [|and {name2}] <is|are> {work}ing.",
+        "The {person} [|and the {person2}] <has|have> {paint}ed every {thing}.",
+        "At school {name} [|and the {person}] {work}<s|>.",
+    ], [
+        "Perhaps {name} [|and my {person}] <was|were> {work}ing.",
+        "My {person} [|and {name}] never {work}<s|> during lunch.",
+    ]),
+    "case": ([
+        "[The {person} {met}|] <him|he> [|{met} the {person}] yesterday.",
+        "[{name} often {met}|] <her|she> [|often {met} {name}].",
+        "[Every {person} {met}|] <them|they> [|{met} every {person}].",
+    ], [
+        "Perhaps [a {person} {met}|] <him|he> [|{met} a {person}].",
+        "[My {person}s secretly {met}|] <them|they> [|secretly {met} my {person}s].",
+    ]),
+    "possessive": ([
+        "[The {thing} became|{name} {paint}ed] <mine|my> [|{thing}] yesterday.",
+        "At school {name} {paint}ed <yours|your> [|{thing}].",
+    ], [
+        "Perhaps {name} {paint}ed <ours|our> [|{thing}].",
+        "Somebody {paint}ed <theirs|their> [|{thing}] during lunch.",
+    ]),
+    "reflexive": ([
+        "The {king} {blamed} <himself|herself> yesterday.",
+        "At school {Peter} {blamed} <himself|herself>.",
+        "[I|We] often {blamed} <myself|ourselves>.",
+    ], [
+        "My {king} secretly {blamed} <himself|herself> during the trip.",
+        "Perhaps {Peter} {blamed} <himself|herself>.",
+    ]),
+    "correlative": ([
+        "[Both|Either] {name} <and|or> {name2} will {work}.",
+        "The {person} {paint}ed [both|either] the {thing} <and|or> the {thing2}.",
+    ], [
+        "Somebody moved [both|either] my {thing} <and|or> my {thing2}.",
+        "Perhaps [both|either] {name} <and|or> {name2} could {work}.",
+    ]),
+    "adjective position": ([
+        "{name} bought [a|] <{red} [{thing}|something]|[{thing}|something] {red}> yesterday.",
+        "The {person} was [the|] <{young} [{person2}|someone]|[{person2}|someone] {young}>.",
+    ], [
+        "Perhaps {name} found [my|] <{red} [{thing}|nothing]|[{thing}|nothing] {red}>.",
+        "[My|] <{young} [{person}|somebody]|[{person}|somebody] {young}> laughed.",
+    ]),
 }
 
 WORDS = {
-    "person": (
-        "teacher, doctor, farmer, sailor, singer, driver, gardener, lawyer, student, guest",
-        "nurse, pilot, baker, soldier, dancer, plumber, waiter, judge, cook, neighbor",
-    ),
-    "name": (
-        "Anna, Peter, Mary, Paul, Susan, Tom, Julia, Frank",
-        "Laura, David, Emma, Kevin, Sarah, George, Nina, Robert",
-    ),
-    "thing": (
-        "lamp, chair, bottle, basket, blanket, mirror, hammer, candle, carpet, picture",
-        "clock, table, spoon, bucket, jacket, wallet, ladder, drawer, pencil, ticket",
-    ),
-    "place": ("a, b", "hotel, village, garden, station"),
-    "sing": (
-        "sing, smile, sleep, travel, swim, work, shout, wander",
-        "dance, wait, talk, laugh, complain, snore, jump, run",
-    ),
-    "new": (
-        "new, old, cheap, small, long, clean, dark, short",
-        "soft, light, warm, bright, thick, strong, cold, smooth",
-    ),
-    "calm": ("quiet, proud", "calm, hungry, sad, tired, lonely"),
-    "kin": (
-        "[king|queen], [man|woman], [uncle|aunt], [father|mother], [boy|girl]",
-        "[prince|princess], [son|daughter], [husband|wife], [brother|sister]",
-    ),
-    "couple": ("[Peter|Anna], [Tom|Mary], [Paul|Susan], [Frank|Julia]", "a, b"),
-    "blamed": (
-        "blamed, washed, admired, defended, praised",
-        "hurt, dressed, criticized, trusted, burned",
-    ),
-    "paint": (
-        "paint, wash, pull, open, order, check, help, cook",
-        "repair, lift, deliver, collect, polish, borrow, count, hand",
-    ),
-    "greet": (
-        "[praised|apologized] <|to>, [greeted|smiled] <|at>, [obeyed|listened] <|to>, "
-        "[thanked|argued] <|with>, [rescued|stared] <|at>, [trusted|relied] <|on>",
-        "[ignored|replied] <|to>, [blamed|glanced] <|at>, [hired|chatted] <|with>, "
-        "[defeated|belonged] <|to>, [hugged|waited] <|for>, [fired|depended] <|on>",
-    ),
-    "enjoyed": (
-        "[enjoyed|refused], [avoided|decided], [finished|hoped], [imagined|promised]",
-        "[denied|agreed], [considered|wanted], [postponed|failed], [resisted|pretended]",
-    ),
-    "rice": (
-        "rice, water, sugar, furniture, luggage, sand",
-        "milk, butter, money, honey, flour, equipment",
-    ),
-    "met": (
-        "met, called, invited, helped, thanked",
-        "hugged, ignored, hired, fired, defeated, phoned",
-    ),
-    "apple": (
-        "apple, egg, onion, orange, umbrella, envelope, artist",
-        "oven, owl, anchor, arrow, engineer, eagle, iron",
-    ),
-    "quiet": (
-        "quiet, careful, proud, brave, nervous, polite",
-        "silent, loud, clever, eager, cheerful, patient, wise",
-    ),
+    "person": ("teacher, doctor, farmer, sailor, singer, driver, gardener, lawyer, student, guest",
+               "nurse, pilot, baker, soldier, dancer, plumber, waiter, judge, cook, neighbor"),
+    "name": ("Anna, Peter, Mary, Paul, Susan, Tom, Julia, Frank",
+             "Laura, David, Emma, Kevin, Sarah, George, Nina, Robert"),
+    "thing": ("lamp, chair, bottle, basket, blanket, mirror, hammer, candle, carpet, picture",
+              "clock, table, spoon, bucket, jacket, wallet, ladder, drawer, pencil, ticket"),
+    "work": ("work, sing, sleep, shout, travel, wander, think",
+             "wait, talk, jump, cough, complain, whisper, play"),
+    "paint": ("paint, wash, order, check, pack, lift, pull, want",
+              "repair, deliver, collect, borrow, polish, inspect, sort"),
+    "red": ("new, small, green, dirty, long, cheap, dark",
+            "red, heavy, large, clean, round, plain, bright"),
+    "young": ("quiet, proud, tall, brave, strong, friendly",
+              "calm, hungry, sad, tired, lonely, young"),
+    "enjoyed": ("[enjoyed|agreed], [avoided|decided], [finished|hoped], [imagined|promised]",
+                "[denied|wanted], [considered|failed], [postponed|pretended], [resisted|threatened]"),
+    "met": ("met, called, invited, helped, thanked, greeted",
+            "hugged, ignored, hired, fired, defeated, phoned"),
+    "king": ("[king|queen], [man|woman], [uncle|aunt], [father|mother], [boy|girl]",
+            "[prince|princess], [son|daughter], [husband|wife], [brother|sister], [grandfather|grandmother]"),
+    "Peter": ("[Peter|Anna], [Tom|Mary], [Paul|Susan], [Frank|Julia]",
+              "[David|Laura], [Kevin|Emma], [George|Sarah], [Robert|Nina]"),
+    "blamed": ("blamed, washed, admired, defended, praised, introduced",
+               "hurt, dressed, criticized, trusted, burned"),
 }
 
 
@@ -255,27 +162,22 @@ def _read(text, context, fill):
 
 
 def grammar_sentences(split, seed=0):
-    half = list(SIZES).index(split)
+    """Rows."""
+    half = list(PAIRS).index(split)
     rng = random.Random(f"{split} {seed}")
-    rows, seen, pair = [], set(), 0
+    rows, seen = [], set()
     for phenomenon, halves in FRAMES.items():
-        frames, n, k = halves[half], 0, 0
-        while n < SIZES[split]:
-            frame = frames[k % len(frames)]
-            k += 1
-            if k > 20000:
-                break
+        last = len(rows) + 2 * PAIRS[split]
+        for frame in cycle(halves[half]):
             text = _fill(frame, half, rng)
-            contexts = (0, 1) if "[" in text else (0,)
-            new = [(_read(text, c, f), int(c == f)) for c in contexts for f in (c, 1 - c)]
-            if any(s in seen for s, _ in new):
-                continue
-            seen.update(s for s, _ in new)
-            for i, (s, l) in enumerate(new):
-                rows.append(
-                    {"sentence": s, "label": l, "phenomenon": phenomenon, "pair": pair + i // 2}
-                )
-            pair += len(contexts)
-            n += len(contexts)
+            contexts = (0, 1) if "[" in frame else (0,)
+            pairs = [[_read(text, c, c), _read(text, c, 1 - c)] for c in contexts]
+            if seen.isdisjoint(sum(pairs, [])):
+                for pair in pairs:
+                    for s, label in zip(pair, (1, 0)):
+                        rows.append({"sentence": s, "label": label, "phenomenon": phenomenon, "pair": len(rows) // 2})
+                seen.update(sum(pairs, []))
+            if len(rows) >= last:
+                break
     rng.shuffle(rows)
     return rows
