@@ -7,7 +7,7 @@ READY := .venv/ready
 TASK ?= grammar
 DATA_DIR ?=
 OUT ?= runs/$(TASK)
-SETTINGS ?= notebooks/settings/laptop.yaml
+SETTINGS ?= notebooks/settings/$(if $(filter grammar,$(TASK)),laptop,glue_laptop).yaml
 
 .PHONY: run test lint notebooks lab clean
 

@@ -90,7 +90,9 @@ class RankAllocator:
             if r != schedule.init_r:
                 raise ValueError(f"init_r = {schedule.init_r}, but the layers have r = {r}")
 
-        self.score_name = score if isinstance(score, str) else score.__name__
+        self.score_name = (
+            score if isinstance(score, str) else getattr(score, "__name__", repr(score))
+        )
         self.score = SCORES.get(score, score)
         self.generator = torch.Generator().manual_seed(seed)
         if score == "random":
