@@ -139,7 +139,10 @@ def train(
         "steps": step,
         "seconds": round(time.perf_counter() - started, 2),
         "evaluation_seconds": round(evaluation_seconds, 2),
-        "loss_curve": [round(x, 5) for x in torch.stack(health)[:, 0].tolist()],
+        # None for NaN and infinity, which JSON does not have
+        "loss_curve": [
+            round(x, 5) if math.isfinite(x) else None for x in torch.stack(health)[:, 0].tolist()
+        ],
         "budget_curve": kept,
         "trainable_parameters": count_parameters(model),
         "rank_pattern": allocator.rank_pattern() if allocator else {},

@@ -31,6 +31,8 @@ def run_notebook(notebook: str | Path, output_dir: str | Path, parameters: dict)
     if not Path(notebook).is_file():
         raise FileNotFoundError(f"{notebook}: no such notebook")
     known = papermill.inspect_notebook(str(notebook))
+    if "output_dir" in parameters:
+        raise ValueError("output_dir is the second argument, not a parameter")
     for name, value in parameters.items():
         if name not in known:
             near = difflib.get_close_matches(name, known) or sorted(known)
