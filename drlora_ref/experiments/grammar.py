@@ -136,7 +136,7 @@ FRAMES = {
         "The {person} hopes <to {paint} the {thing}|{paint} to the {thing}>.",
         "Every {person} tried <to {work}|{work} to> yesterday.",
     ], [
-        "Somebody wanted <to {paint} my {thing}|{paint} to my {thing}>.",
+        "Somebody managed <to {paint} my {thing}|{paint} to my {thing}>.",
         "Perhaps {name} plans <to {work}|{work} to> during lunch.",
     ]),
     "negation": ([
@@ -163,7 +163,7 @@ WORDS = {
     "paint": ("paint, wash, order, check, pack, lift, pull, load",
               "repair, deliver, collect, borrow, polish, inspect, sort"),
     "red": ("new, small, green, dirty, long, cheap, dark",
-            "red, heavy, large, clean, round, plain, bright"),
+            "red, heavy, large, clean, wooden, plain, bright"),
     "young": ("quiet, proud, tall, brave, strong, friendly",
               "calm, hungry, sad, tired, lonely, young"),
     "enjoyed": ("[enjoyed|agreed], [avoided|decided], [finished|hoped], [imagined|promised]",
@@ -215,7 +215,7 @@ def grammar_sentences(split: str, seed: int = 0) -> list[dict]:
 
     >>> rows = grammar_sentences("validation")
     >>> [row["sentence"] for row in sorted(rows, key=lambda row: (row["pair"], -row["label"]))[:2]]
-    ['Somebody moved my round bucket.', 'Somebody moved round my bucket.']
+    ['Somebody moved my wooden bucket.', 'Somebody moved wooden my bucket.']
     """
     if split not in PAIRS:
         raise ValueError(f"split = {split!r}: must be one of {', '.join(PAIRS)}")
