@@ -22,3 +22,9 @@ learn_at_first_step = {"lora_B"}
 fewest = 144 * (768 + 768)
 # There are 24 feed-forward matrices with 72 components; the other 72 survivors are in attention.
 most = 72 * (768 + 3072) + 72 * (768 + 768)
+
+
+# %% exercise-4
+# c = 0, so the update is zero and the outputs are equal bit for bit, at every rank.
+def farthest_from_base(layers, x):
+    return max((layer(x) - layer.base_layer(x)).abs().max().item() for layer in layers)

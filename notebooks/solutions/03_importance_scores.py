@@ -20,3 +20,12 @@ def norm_by_qr(lora_A, lora_B, lora_c):
     R_B = torch.linalg.qr(lora_B, mode="r").R  # (r, r)
     R_A = torch.linalg.qr(lora_A.T, mode="r").R
     return ((R_B * lora_c) @ R_A.T).norm()
+
+
+# %% exercise-4
+# What is removed is itself a sum of components, so update_norm measures it. For one component that is
+# the score; for several, they may cancel or add up.
+def change_when_pruned(lora_A, lora_B, lora_c, k):
+    gone = importance_scores(lora_A, lora_B, lora_c).argsort()[:k]
+    removed = update_norm(lora_A[gone], lora_B[:, gone], lora_c[gone])
+    return removed / update_norm(lora_A, lora_B, lora_c)
