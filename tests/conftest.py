@@ -41,22 +41,20 @@ def layers_of_two_shapes(n: int = 4, r: int = 3) -> nn.Sequential:
     return nn.Sequential(*[randomised(DynamicLoRALinear(nn.Linear(*s), r)) for s in sizes])
 
 
-def tiny_config(vocab_size: int = 50) -> RobertaConfig:
-    """Two layers of hidden size 16."""
-    return RobertaConfig(
-        vocab_size=vocab_size,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=70,
-    )
+# The sizes of every tiny encoder: two layers of hidden size 16.
+TINY = dict(
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=32,
+    max_position_embeddings=70,
+)
 
 
 @pytest.fixture
 def tiny_roberta():
     """A random RoBERTa classifier, two layers of hidden size 16, in float32."""
-    return RobertaForSequenceClassification(tiny_config())
+    return RobertaForSequenceClassification(RobertaConfig(vocab_size=50, **TINY))
 
 
 @pytest.fixture(scope="session")
@@ -71,5 +69,7 @@ def tiny_encoder(tmp_path_factory):
     special = {"pad_token": "<pad>", "unk_token": "<unk>", "model_max_length": 64}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     torch.manual_seed(0)
-    RobertaModel(tiny_config(len(vocab))).to(torch.bfloat16).save_pretrained(folder)
+    RobertaModel(RobertaConfig(vocab_size=len(vocab), **TINY)).to(torch.bfloat16).save_pretrained(
+        folder
+    )
     return folder

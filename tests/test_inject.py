@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import randomised
+from conftest import TINY, randomised
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -22,14 +22,6 @@ from drlora_ref import (
     merge_adapters,
 )
 
-SMALL = dict(
-    vocab_size=50,
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=32,
-    max_position_embeddings=40,
-)
 BART = dict(
     vocab_size=50,
     d_model=16,
@@ -45,7 +37,7 @@ BART = dict(
 
 @pytest.mark.parametrize("config", [RobertaConfig, BertConfig, MPNetConfig])
 def test_all_six_matrices_of_every_layer_are_adapted_and_the_head_never(config):
-    model = AutoModelForSequenceClassification.from_config(config(**SMALL))
+    model = AutoModelForSequenceClassification.from_config(config(vocab_size=50, **TINY))
     inject_adapters(model, r=3)
     names = list(dynamic_layers(model))
     assert len(names) == 2 * 6
@@ -96,7 +88,7 @@ def test_only_adapters_and_head_train(tiny_roberta):
 
 
 def test_berts_pooler_trains_and_counts_as_head():
-    model = AutoModelForSequenceClassification.from_config(BertConfig(**SMALL))
+    model = AutoModelForSequenceClassification.from_config(BertConfig(vocab_size=50, **TINY))
     mark_only_adapters_trainable(inject_adapters(model, r=3))
     assert count_parameters(model)["head"] == (16 * 16 + 16) + (16 * 2 + 2)
 

@@ -1,7 +1,7 @@
 """Run a notebook as an experiment: papermill, with its parameters checked first.
 
     python -m drlora_ref.experiments notebook notebooks/09_a_real_run.ipynb runs/mine \\
-        -f notebooks/settings/make_run.yaml -p task cola -p seed 1
+        -f notebooks/settings/glue_laptop.yaml -p task cola -p seed 1
 
 The executed notebook, the record and the figures end up in the folder, here runs/mine.
 """
