@@ -7,13 +7,13 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import torch
 from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, matthews_corrcoef
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
 from drlora_ref.experiments.data import Inputs, TaskData, check_name, find_splits, task_data
+from drlora_ref.experiments.evaluation import SAME, check_positive, evaluate_labels
 from drlora_ref.experiments.generated import write_glue
 from drlora_ref.experiments.grammar import grammar_sentences
 from drlora_ref.experiments.hub import fetch_from_hub
@@ -51,9 +51,6 @@ TASKS = {
     "rte": Task("RTE", TWO, "label", ENTAILS),
     "grammar": Task("", ONE, "label", ACCEPTABLE, "matthews"),
 }  # fmt: skip
-SAME = 1e-5  # one and the same score, rounded in batches of other lengths, varies by about 1e-6
-
-
 OPTIONS = ("max_length", "eval_batch_size")  # the settings that `prepare` takes
 
 
@@ -177,6 +174,7 @@ def load_model(source: ModelSource, task: str) -> tuple:
 
 def prepare(data: TaskData, tokenizer, max_length: int, eval_batch_size: int = 64) -> Inputs:
     """The task's rows as a training loop takes them; raises ValueError as `encode` does."""
+    check_positive(eval_batch_size=eval_batch_size)
     encoded = partial(encode, tokenizer=tokenizer, task=data.task, max_length=max_length)
     validation = {split: encoded(rows) for split, rows in data.validation.items()}
     collate = DataCollatorWithPadding(tokenizer)
@@ -227,40 +225,6 @@ def metric(task: str, predictions, labels) -> float:
 
 
 def evaluate(model, encoded_validation, task: str, collate, batch_size: int = 64) -> dict:
-    """`metric` on the validation data (mean of its splits: MNLI has two), and whether `collapsed`.
-
-    `encoded_validation`: an encoded Dataset per split. Collapsed: the model says the same of every
-    sentence, or NaN of any; even an accuracy of 0.68 (MRPC's majority) is then a failed run. The
-    model is left in the mode it was in, and no random number is drawn.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    predictions, scores = [], []
-    model.eval()
-    try:
-        for rows in encoded_validation.values():
-            predictions.append(_predict(model, rows, get_task(task), collate, batch_size))
-            scores.append(metric(task, predictions[-1], rows["labels"][:]))
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    pooled = np.concatenate(predictions)
-    if not np.isfinite(pooled).all():
-        return {"metric": 0.0, "collapsed": True}
-    return {"metric": float(np.mean(scores)), "collapsed": bool(np.ptp(pooled) < SAME)}
-
-
-@torch.no_grad()
-def _predict(model, rows: Dataset, entry: Task, collate, batch_size: int) -> np.ndarray:
-    device = next(model.parameters()).device
-    predictions = np.empty(len(rows))
-    # Alike lengths together. No DataLoader: it would draw from the training's random numbers.
-    order = np.argsort([len(ids) for ids in rows["input_ids"][:]], kind="stable")
-    for chosen in np.split(order, range(batch_size, len(order), batch_size)):
-        batch = collate(rows.select(chosen).to_list())
-        batch = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = model(**batch).logits.float()
-        best = logits.argmax(-1) if entry.labels else logits.squeeze(-1)
-        # argmax would make a class of NaN
-        predictions[chosen] = best.float().where(logits.isfinite().all(-1), torch.nan).cpu()
-    return predictions
+    """`metric` of `task` on its encoded validation splits, as evaluate_labels does it."""
+    score = partial(metric, task)
+    return evaluate_labels(model, encoded_validation, score, collate, batch_size)

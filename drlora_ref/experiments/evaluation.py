@@ -1,0 +1,91 @@
+"""What the evaluations of all families share: modes, batches of alike lengths, class predictions."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+SAME = 1e-5  # one and the same score, rounded in batches of other lengths, varies by about 1e-6
+
+
+def check_positive(**settings: int) -> None:
+    """Raise ValueError, naming it, if one of these settings is less than 1.
+
+    >>> check_positive(num_beams=3, eval_batch_size=64)
+    """
+    for name, value in settings.items():
+        if value < 1:
+            raise ValueError(f"{name} = {value}: must be at least 1")
+
+
+@contextmanager
+def evaluation_mode(model):
+    """No dropout, no gradients, bfloat16 autocast on CUDA; then each module's own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    device = next(model.parameters()).device.type
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def batches_by_length(
+    model, rows: Dataset, collate: Callable, batch_size: int
+) -> Iterator[tuple[np.ndarray, dict]]:
+    """(indices of some rows, their batch on the model's device), alike lengths together.
+
+    Every row comes once. A multiple-choice row is as long as its longest choice.
+    """
+    device = next(model.parameters()).device
+    # No DataLoader: it would draw from the training's random numbers.
+    order = np.argsort([_length(ids) for ids in rows["input_ids"][:]], kind="stable")
+    for chosen in np.split(order, range(batch_size, len(order), batch_size)):
+        batch = collate(rows.select(chosen).to_list())
+        yield chosen, {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _length(ids: list) -> int:
+    return max(map(len, ids)) if ids and isinstance(ids[0], list) else len(ids)
+
+
+def evaluate_labels(
+    model,
+    encoded_validation: dict[str, Dataset],
+    metric: Callable[..., float],
+    collate: Callable,
+    batch_size: int = 64,
+) -> dict:
+    """metric(predictions, labels), the mean of the validation splits, and whether `collapsed`.
+
+    Shapes: the model's logits (batch, classes or choices), or (batch, 1) for a score.
+
+    Collapsed: the model says the same of every row, or NaN of any; even an accuracy of 0.68
+    (MRPC's majority) is then a failed run. The model is left in the mode it was in, and no random
+    number is drawn.
+    """
+    with evaluation_mode(model):
+        predictions = [
+            _predict(model, rows, collate, batch_size) for rows in encoded_validation.values()
+        ]
+    pooled = np.concatenate(predictions)
+    if not np.isfinite(pooled).all():
+        return {"metric": 0.0, "collapsed": True}
+    labels = [rows["labels"][:] for rows in encoded_validation.values()]
+    scores = list(map(metric, predictions, labels))
+    return {"metric": float(np.mean(scores)), "collapsed": bool(np.ptp(pooled) < SAME)}
+
+
+def _predict(model, rows: Dataset, collate: Callable, batch_size: int) -> np.ndarray:
+    predictions = np.empty(len(rows))
+    for chosen, batch in batches_by_length(model, rows, collate, batch_size):
+        del batch["labels"]
+        logits = model(**batch).logits.float()
+        best = logits.squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(-1)
+        # argmax would make a class of NaN
+        predictions[chosen] = best.float().where(logits.isfinite().all(-1), torch.nan).cpu()
+    return predictions
