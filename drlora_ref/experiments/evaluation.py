@@ -1,4 +1,4 @@
-"""What the evaluations of all families share: modes, batches of alike lengths, class predictions."""
+"""What the evaluations of all families share: modes, batches of like lengths, predictions."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
