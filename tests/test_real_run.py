@@ -9,7 +9,8 @@ import papermill
 import pytest
 from papermill.exceptions import PapermillExecutionError
 
-from drlora_ref.experiments.__main__ import main, run_notebook
+from drlora_ref.experiments.__main__ import main
+from drlora_ref.experiments.notebooks import run_notebook
 from drlora_ref.experiments.records import read_record
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "09_a_real_run.ipynb"
@@ -100,6 +101,7 @@ def test_a_parameter_that_cannot_be_is_refused_before_anything_is_written(
     "given, message",
     [
         ({"method": "dora"}, "unknown method 'dora': must be one of drlora, lora"),
+        ({"method": "adalora"}, "adalora needs more than this page"),
         ({"score": "norm"}, "score = 'norm': must be one of frobenius_share"),
         ({"init_r": 1}, "target_r = 4 is above init_r = 1"),
     ],
