@@ -105,7 +105,7 @@ def train(
     loader = DataLoader(train_data, batch_size, shuffle=True, generator=order, collate_fn=collate)
     steps_per_epoch = count_steps(len(train_data), batch_size, 1, grad_accumulation)
 
-    health, evaluations, kept, flagged_at = [], [], [], None
+    health, evaluations, kept, flagged_at, looked_at = [], [], [], None, 0
     started, evaluation_seconds = time.perf_counter(), 0.0
     model.train()
     progress = tqdm(range(1, T + 1), disable=None, desc="steps")  # None: only on a terminal
@@ -123,9 +123,10 @@ def train(
         health.append(torch.stack([loss, norm]))
         evaluation_due = step % steps_per_epoch == 0 or step == T
         if evaluation_due or step % CHECK_EVERY == 0 or schedule.prunes_at(step):
-            flagged_at = first_non_finite(health)
-            if flagged_at:
+            if bad := first_non_finite(health[looked_at:]):
+                flagged_at = looked_at + bad
                 break
+            looked_at = step
         if allocator:
             allocator.step(step)  # lines 7-9
             if schedule.prunes_at(step):

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from datasets import Dataset
+from torch import Tensor
 
 GENERATED = "generated"  # the data_dir that means: a tiny set of the same format, made up
 
@@ -129,3 +130,35 @@ def read_json_lines(path: Path, keys: list[str]) -> list[dict]:
     if not rows:
         raise ValueError(f"{path} holds no row")
     return rows
+
+
+def loss_weight(batch: dict[str, Tensor]) -> int:
+    """What the loss of a batch is a mean over: its examples, or for summaries their tokens.
+
+    >>> import torch
+    >>> loss_weight({"labels": torch.tensor([[5, 7, -100], [8, -100, -100]])})
+    3
+    >>> loss_weight({"labels": torch.tensor([0, 1, 1, 0])})
+    4
+    """
+    labels = batch.get("labels")
+    if labels is not None and labels.dim() > 1:
+        return int((labels != -100).sum())
+    return len(next(iter(batch.values())))
+
+
+def share(batch: dict[str, Tensor], rank: int, processes: int) -> tuple[dict[str, Tensor], int]:
+    """(every processes-th example from number `rank` on, and the loss weight of these).
+
+    A process without any takes the first one with weight 0: all must go through the same motions.
+
+    >>> import torch
+    >>> share({"labels": torch.arange(5)}, rank=1, processes=2)
+    ({'labels': tensor([1, 3])}, 2)
+    """
+    if processes == 1:
+        return batch, loss_weight(batch)
+    mine = {name: tensor[rank::processes] for name, tensor in batch.items()}
+    if len(next(iter(mine.values()))):
+        return mine, loss_weight(mine)
+    return {name: tensor[:1] for name, tensor in batch.items()}, 0

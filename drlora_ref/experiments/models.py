@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
@@ -129,8 +130,12 @@ def load_pretrained(source: ModelSource, auto_class, **settings) -> tuple:
 
     `settings` go into the model's configuration. The head comes from torch's generator: call
     torch.manual_seed first. Raises ValueError where more than the head is missing, which
-    transformers would draw at random too.
+    transformers would draw at random too, and for a model that has no such head.
     """
+    config = AutoConfig.from_pretrained(source.path, local_files_only=True)
+    if type(config) not in auto_class._model_mapping:
+        kind = auto_class.__name__.removeprefix("AutoModelFor")
+        raise ValueError(f"{source.name} is a {config.model_type} model, of which none does {kind}")
     with _quiet_loading():
         tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
         model, report = auto_class.from_pretrained(

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import uuid
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -15,6 +16,7 @@ import transformers
 
 import drlora_ref
 
+UNFINISHED = ".unfinished-"  # how the name of a file begins that is still being written
 TAKEN = "{} holds a record already: pass overwrite=True or take another output_dir"
 
 
@@ -40,18 +42,30 @@ def write_record(record: dict, output_dir: str | Path, overwrite: bool = False) 
     _check_json(record, "record")
     text = json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     target = check_output_dir(output_dir, overwrite) / "record.json"
-    temporary = target.with_name(f".record-{uuid.uuid4().hex}")
     try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.write(text)
+        with whole_file(target, overwrite) as file:
+            file.write(text.encode())
+    except FileExistsError:  # another process was faster
+        raise FileExistsError(TAKEN.format(target)) from None
+    return target
+
+
+@contextmanager
+def whole_file(target: Path, overwrite: bool):
+    """A new binary file that becomes `target` once it is whole and on the disk, or never.
+
+    Whoever is killed meanwhile, and a full disk (OSError), leave what was at `target` untouched.
+    Raises FileExistsError if target exists by then and is not to be overwritten.
+    """
+    temporary = target.with_name(f"{UNFINISHED}{uuid.uuid4().hex}")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         _move(temporary, target, overwrite)
-    except FileExistsError:  # another process was faster
-        raise FileExistsError(TAKEN.format(target)) from None
     finally:
         temporary.unlink(missing_ok=True)
-    return target
 
 
 def _move(temporary: Path, target: Path, overwrite: bool) -> None:
@@ -61,7 +75,7 @@ def _move(temporary: Path, target: Path, overwrite: bool) -> None:
         except FileExistsError:
             raise
         except OSError:  # no links on this file system: claim the name, then fill it
-            open(target, "x").close()
+            open(target, "xb").close()
     os.replace(temporary, target)
 
 
