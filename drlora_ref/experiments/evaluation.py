@@ -22,12 +22,14 @@ def check_positive(**settings: int) -> None:
 
 @contextmanager
 def evaluation_mode(model):
-    """No dropout, no gradients, bfloat16 autocast on CUDA; then each module's own mode again."""
+    """No dropout, no gradients; then each module's own mode again.
+
+    How precise the forward pass is belongs to the training loop, which calls within its autocast.
+    """
     modes = [(module, module.training) for module in model.modules()]
-    device = next(model.parameters()).device.type
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        with torch.no_grad():
             yield
     finally:
         for module, mode in modes:
