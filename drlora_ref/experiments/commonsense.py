@@ -1,0 +1,250 @@
+"""Three tasks of everyday knowledge: BoolQ (arXiv 1905.10044), HellaSwag (1905.07830), WinoGrande
+(1907.10641). The paper has none of them; the other DoRA, the weight-decomposed one, is known by
+such tasks. There large models write the answer; here, as in GLUE, an encoder gets a new head.
+"""
+
+import json
+import random
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import datasets
+from datasets import Dataset, concatenate_datasets
+from sklearn.metrics import accuracy_score
+from transformers import (
+    AutoModelForMultipleChoice,
+    AutoModelForSequenceClassification,
+    DataCollatorForMultipleChoice,
+    DataCollatorWithPadding,
+)
+
+from drlora_ref.experiments import generated
+from drlora_ref.experiments.data import (
+    Inputs,
+    TaskData,
+    check_name,
+    find_files,
+    find_splits,
+    read_json_lines,
+    task_data,
+)
+from drlora_ref.experiments.evaluation import check_positive, evaluate_labels
+from drlora_ref.experiments.hub import fetch_from_hub
+from drlora_ref.experiments.models import ModelSource, load_pretrained
+
+OPTIONS = ("max_length", "eval_batch_size")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row of TASKS: names and keys are the same in the authors' files and on the hub."""
+
+    folder: str
+    files: tuple[str, str]  # train, validation
+    hub: tuple[str, ...]
+    keys: tuple[str, ...]  # what `texts` reads
+    texts: Callable[[dict], dict]  # the text columns of one raw row
+    label_key: str
+    labels: tuple[str, ...]  # raw labels, as text, in order
+
+
+def _boolq_texts(row: dict) -> dict:
+    return {"question": row["question"], "passage": row["passage"]}
+
+
+def _hellaswag_texts(row: dict) -> dict:
+    if not isinstance(row["endings"], list) or len(row["endings"]) != 4:
+        raise ValueError(f"endings {row['endings']!r}: must be a list of 4")
+    return {"context": row["ctx"], "endings": row["endings"]}
+
+
+def _winogrande_texts(row: dict) -> dict:
+    """Each choice is an option in place of the blank, with all that follows the blank."""
+    before, *after = row["sentence"].split("_")
+    if len(after) != 1:
+        raise ValueError(f"{len(after)} blanks (_) in {row['sentence']!r}, must be 1")
+    endings = [row[option] + after[0] for option in ("option1", "option2")]
+    return {"context": before.strip(), "endings": endings}
+
+
+TASKS = {
+    "boolq": Task("BoolQ", ("train.jsonl", "dev.jsonl"), ("google/boolq",),
+                  ("question", "passage"), _boolq_texts, "answer", ("False", "True")),
+    "hellaswag": Task("HellaSwag", ("hellaswag_train.jsonl", "hellaswag_val.jsonl"),
+                      ("Rowan/hellaswag",), ("ctx", "endings"), _hellaswag_texts, "label",
+                      ("0", "1", "2", "3")),
+    "winogrande": Task("WinoGrande", ("train_xl.jsonl", "dev.jsonl"),
+                       ("allenai/winogrande", "winogrande_xl"),
+                       ("sentence", "option1", "option2"), _winogrande_texts, "answer",
+                       ("1", "2")),
+}  # fmt: skip
+
+
+def metric_name(task: str) -> str:
+    """Accuracy, for all three.
+
+    >>> metric_name("boolq")
+    'accuracy'
+    """
+    check_name(task, TASKS)
+    return "accuracy"
+
+
+def load_task(task: str, data_dir: str = "", train_size: int = 0, seed: int = 0) -> TaskData:
+    """A task's data: from a folder of the authors' files, made up ("generated"), or from the hub.
+
+    The folder is `data_dir`, else the environment variable COMMONSENSE_DIR, and holds BoolQ/,
+    HellaSwag/ and WinoGrande/; the hub is asked only where neither is set. Columns: question and
+    passage (BoolQ), or context and endings, of which the model chooses one; label, from 0.
+    Raises ValueError (a wrong argument or row), FileNotFoundError, ConnectionError.
+
+    >>> load_task("winogrande", "generated").train.column_names
+    ['context', 'endings', 'label']
+    """
+    check_name(task, TASKS)
+    places = (data_dir, "COMMONSENSE_DIR", _from_folder, _from_hub, write_commonsense)
+    return task_data(task, *find_splits(task, *places), train_size, seed)
+
+
+def _from_hub(task: str) -> tuple[dict[str, Dataset], str]:
+    found = fetch_from_hub(f"task {task!r}", datasets.load_dataset, *TASKS[task].hub)
+    source = f"hub {' '.join(TASKS[task].hub)}"
+    splits = ("train", "validation")  # the labels of test are not public
+    return {split: _dataset(found[split], task, f"{source} {split}") for split in splits}, source
+
+
+def _from_folder(task: str, folder: str) -> tuple[dict[str, Dataset], str]:
+    root, entry = Path(folder).expanduser() / TASKS[task].folder, TASKS[task]
+    paths = find_files(root, list(entry.files))
+    raw = [read_json_lines(path, [*entry.keys, entry.label_key]) for path in paths]
+    train, validation = (_dataset(rows, task, path) for rows, path in zip(raw, paths, strict=True))
+    return {"train": train, "validation": validation}, f"{entry.folder} folder {root}"
+
+
+def _dataset(raw, task: str, where) -> Dataset:
+    rows = []
+    for number, row in enumerate(raw, 1):
+        try:
+            rows.append(_checked(row, TASKS[task]))
+        except ValueError as error:
+            raise ValueError(f"{where}, row {number}: {error}") from None
+    return Dataset.from_list(rows)
+
+
+def _checked(row: dict, entry: Task) -> dict:
+    for key in entry.keys:
+        texts = row[key] if key == "endings" and isinstance(row[key], list) else [row[key]]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{key} {row[key]!r}: must be text")
+    label = str(row[entry.label_key])
+    if label not in entry.labels:
+        raise ValueError(f"{entry.label_key} {label!r}: must be one of {', '.join(entry.labels)}")
+    return {**entry.texts(row), "label": entry.labels.index(label)}
+
+
+def write_commonsense(task: str, folder: Path) -> None:
+    """Generated files of one task: who did what, and whose name or colour is the right one."""
+    entry, row = TASKS[task], {"boolq": _boolq, "hellaswag": _hellaswag, "winogrande": _winogrande}
+    (folder / entry.folder).mkdir()
+    sizes = (generated.TRAIN_ROWS, generated.VALIDATION_ROWS)
+    for file, size in zip(entry.files, sizes, strict=True):
+        rng = random.Random(f"{task} {file}")
+        rows = [row[task](rng, n % len(entry.labels)) for n in range(size)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / entry.folder / file).write_text(text, encoding="utf-8")
+
+
+def _boolq(rng: random.Random, label: int) -> dict:
+    first = generated.fact(rng)
+    asked = first if label else generated.other_fact(first, rng)
+    passage = [first, *(generated.fact(rng) for _ in range(rng.randint(0, 3)))]
+    text = {"question": f"is it true that {asked}", "passage": " . ".join(passage)}
+    return {**text, "title": "", "answer": bool(label)}
+
+
+def _hellaswag(rng: random.Random, label: int) -> dict:
+    first = generated.fact(rng)
+    _, _, _, colour, thing, *_ = first.split()
+    colours = rng.sample([c for c in generated.COLOURS if c != colour], 3)
+    colours.insert(label, colour)
+    context = {"ctx_a": f"{first} .", "ctx_b": "there was", "ctx": f"{first} . there was"}
+    return {**context, "endings": [f"a {colour} {thing} ." for colour in colours], "label": label}
+
+
+def _winogrande(rng: random.Random, label: int) -> dict:
+    people, places = rng.sample(generated.NAMES, 2), rng.sample(generated.CITIES, 2)
+    went = " and ".join(f"{who} went to {where}" for who, where in zip(people, places, strict=True))
+    options = {"option1": people[0], "option2": people[1], "answer": str(label + 1)}
+    return {"sentence": f"{went} , so _ was in {places[label]} .", **options}
+
+
+def load_model(source: ModelSource, task: str) -> tuple:
+    """(model with a new head, float32; its tokenizer): BoolQ has two classes, else choices."""
+    check_name(task, TASKS)
+    if task == "boolq":
+        settings = {"num_labels": 2, "problem_type": "single_label_classification"}
+        return load_pretrained(source, AutoModelForSequenceClassification, **settings)
+    return load_pretrained(source, AutoModelForMultipleChoice)
+
+
+def prepare(data: TaskData, tokenizer, max_length: int, eval_batch_size: int = 64) -> Inputs:
+    """The task's rows as a training loop takes them; raises ValueError as `encode` does.
+
+    Shapes of a batch's tensors: (batch, length), or (batch, choices, length).
+    """
+    check_positive(eval_batch_size=eval_batch_size)
+    encoded = partial(encode, tokenizer=tokenizer, max_length=max_length)
+    choices = "endings" in data.train.column_names
+    collate = (DataCollatorForMultipleChoice if choices else DataCollatorWithPadding)(tokenizer)
+    score = partial(
+        evaluate_labels,
+        encoded_validation={split: encoded(rows) for split, rows in data.validation.items()},
+        metric=accuracy_score,
+        collate=collate,
+        batch_size=eval_batch_size,
+    )
+    return Inputs(encoded(data.train), collate, score)
+
+
+def encode(dataset: Dataset, tokenizer, max_length: int) -> Dataset:
+    """Token ids of each pair of texts, plus "labels"; a row of several endings has a list of each.
+
+    Choice: a passage loses its end; a context loses its beginning, since the ending goes on from
+    its last words. Questions and endings are never cut.
+    Raises ValueError where `max_length` exceeds what the model can read, or leaves no room.
+    """
+    if not 0 < max_length <= tokenizer.model_max_length:
+        raise ValueError(f"max_length = {max_length}: must be 1 to {tokenizer.model_max_length}")
+    parts = []
+    for rows in dataset.iter(10_000):
+        tokens = (_choices if "endings" in rows else _pairs)(rows, tokenizer, max_length)
+        parts.append(Dataset.from_dict({**tokens, "labels": rows["label"]}))
+    return concatenate_datasets(parts)
+
+
+def _pairs(rows: dict, tokenizer, max_length: int) -> dict:
+    _check_room("question", rows["question"], tokenizer, max_length)
+    texts = rows["question"], rows["passage"]
+    return tokenizer(*texts, truncation="only_second", max_length=max_length)
+
+
+def _choices(rows: dict, tokenizer, max_length: int) -> dict:
+    endings = [ending for choices in rows["endings"] for ending in choices]
+    _check_room("ending", endings, tokenizer, max_length)
+    n = len(rows["endings"][0])
+    contexts = [context for context in rows["context"] for _ in range(n)]
+    cut_left = copy(tokenizer)
+    cut_left.truncation_side = "left"
+    tokens = cut_left(contexts, endings, truncation="only_first", max_length=max_length)
+    starts = range(0, len(endings), n)
+    return {name: [flat[i : i + n] for i in starts] for name, flat in tokens.items()}
+
+
+def _check_room(what: str, texts: list[str], tokenizer, max_length: int) -> None:
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    least = max(map(len, ids)) + tokenizer.num_special_tokens_to_add(pair=True) + 1
+    if least > max_length:
+        raise ValueError(f"max_length = {max_length}: must be {least} or more: no {what} is cut")
