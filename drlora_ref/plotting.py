@@ -3,6 +3,7 @@
 import re
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -112,6 +113,45 @@ def plot_rank_heatmap(
     axes.set_yticks(range(len(rows)), rows)
     axes.set(xlabel="layer", title=title)
     axes.figure.colorbar(image, ax=axes, label="rank")
+    return axes
+
+
+def plot_rank_heatmaps(rank_patterns: dict[str, dict[str, int]], across: int = 2) -> plt.Figure:
+    """One plot_rank_heatmap for each title, `across` in a row: Figure 2 with its four budgets.
+
+    Each has its own scale of colours: budgets differ, what is compared is the pattern.
+    """
+    down = -(-len(rank_patterns) // across)
+    figure, axes = plt.subplots(
+        down, across, figsize=(6.8 * across, 3.2 * down), layout="constrained", squeeze=False
+    )
+    for ax in axes.flat[len(rank_patterns) :]:
+        ax.set_axis_off()
+    for ax, (title, pattern) in zip(axes.flat, rank_patterns.items(), strict=False):
+        plot_rank_heatmap(pattern, ax, title)
+    return figure
+
+
+def plot_scores(
+    summary: pd.DataFrame, labels: str = "method", axes: plt.Axes | None = None
+) -> plt.Axes:
+    """A dot per row with its 95 % interval, in percent; a cross is the paper's figure, if given.
+
+    `summary`: what summarise, paired_difference or beside_paper gives, of one task and metric;
+    `labels` is the column that names the rows. A single run is a dot without an interval.
+    """
+    axes = _axes(axes, figsize=(6, 0.8 + 0.32 * len(summary)))
+    rows = range(len(summary))
+    half = 100 * (summary.ci_high - summary["mean"])
+    axes.errorbar(100 * summary["mean"], rows, xerr=half, fmt="o", ms=5, capsize=3, label="ours")
+    if "paper" in summary:
+        axes.plot(100 * summary.paper, rows, "x", color="0.4", label="paper")
+        axes.legend(frameon=False)
+    if "unpaired" in summary:
+        axes.axvline(0, lw=0.8, color="0.7")  # no difference
+    axes.set_yticks(rows, summary[labels])
+    axes.set_ylim(len(summary) - 0.5, -0.5)  # the first row on top, as in a table
+    axes.set(xlabel=f"{summary.metric.iloc[0] if 'metric' in summary else 'difference'}, percent")
     return axes
 
 

@@ -1,0 +1,84 @@
+"""Summaries as people read them: beside the paper's figures, and as plain text in percent."""
+
+import math
+
+import pandas as pd
+
+from drlora_ref.experiments.paper import table
+from drlora_ref.experiments.results import STATISTICS
+
+COUNTS = ("collapsed", "diverged", "unpaired")
+
+
+def beside_paper(summary: pd.DataFrame, number: int) -> pd.DataFrame:
+    """Table `number` of the paper, and beside each figure (`paper`) ours; both as fractions.
+
+    `summary` is one or several (pd.concat) of `summarise`'s and `average`'s, with the columns by
+    which the table tells its cells apart: Table 5 needs `dem`, Table 6 `init_r`. What was not run
+    keeps its row, with NaN; methods of ours that the paper lacks follow at the end. Table 9 is in
+    its own units, and is not told apart by budget.
+    Raises ValueError for a missing column or another table.
+    """
+    figures = table(number).rename(columns={"value": "paper"})
+    if "paper" not in figures:
+        raise ValueError(f"table {number} holds no results: take one of 2 to 6, or 9")
+    if number == 9:
+        figures = figures.drop(columns="budget")
+    else:
+        figures["paper"] /= 100
+    keys = [c for c in figures if c not in ("paper", "trainable_parameters")]
+    if missing := [name for name in keys if name not in summary]:
+        raise ValueError(
+            f"table {number} needs the columns {', '.join(missing)}: summarise by them"
+        )
+    ours = summary[summary.task.isin(figures.task)]
+    both = figures.merge(ours, on=keys, how="left")
+    known = figures.set_index(keys).index
+    return pd.concat([both, ours[~ours.set_index(keys).index.isin(known)]], ignore_index=True)
+
+
+def show(frame: pd.DataFrame, across: str = "", scale: float = 100) -> str:
+    """A summary, differences or a comparison with the paper as plain text, in percent.
+
+    One line a cell, or with `across` (such as "task") one column for each of its values. A mean
+    comes with its std, a difference with its 95 % interval. `scale` multiplies every figure: 1 for
+    seconds and MiB.
+
+    >>> cell = dict(method="lora", mean=0.572, std=0.011, n=5, ci_low=0.558, ci_high=0.586)
+    >>> print(show(pd.DataFrame([cell | {"collapsed": 1}])))
+    method                              ours
+      lora 57.2 ± 1.1 (5 seeds, 1 collapsed)
+    """
+    hidden = (*STATISTICS, *COUNTS, "paper", "trainable_parameters")
+    keys = [name for name in frame if name not in hidden]
+    texts = frame[keys].copy()
+    if "paper" in frame:
+        texts["paper"] = [
+            "" if math.isnan(figure) else f"{scale * figure:.2f}" for figure in frame.paper
+        ]
+    texts["ours"] = [_cell_text(row, scale) for row in frame.to_dict("records")]
+    if not across:
+        return texts.to_string(index=False)
+    if "paper" in texts:
+        texts["ours"] += [f", paper {figure}" if figure else "" for figure in texts.paper]
+    one_metric = "metric" in texts and texts.groupby(across).metric.nunique().max() == 1
+    keys = [name for name in keys if name != across and not (one_metric and name == "metric")]
+    grid = texts.set_index([*keys, across]).ours
+    return grid.unstack(across, sort=False, fill_value="not run").to_string()
+
+
+def _cell_text(row: dict, scale: float) -> str:
+    n, paired = row["n"], "unpaired" in row
+    if math.isnan(n):
+        return "not run"
+    counts = [f"{int(n)} {'pair' if paired else 'seed'}{'s' * (n != 1)}"]
+    counts += [f"{int(row[name])} {name}" for name in COUNTS if row.get(name)]
+    if n == 0:
+        return f"({', '.join(counts)})"
+    sign = "+" if paired else ""
+    mean, low, high = (f"{scale * row[name]:{sign}.1f}" for name in ("mean", "ci_low", "ci_high"))
+    if n == 1:
+        return f"{mean} ({', '.join(counts)})"
+    # Of a difference one asks whether it could be nothing.
+    spread = f" [{low}, {high}]" if paired else f" ± {scale * row['std']:.1f}"
+    return f"{mean}{spread} ({', '.join(counts)})"

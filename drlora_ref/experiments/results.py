@@ -1,0 +1,249 @@
+"""From records to tables: every run counts, with its seed, its spread, and how it failed.
+
+Frames hold fractions, as records do; report.show and plot_scores write percent.
+One rule for what one run cannot tell: with n = 1 there is neither a std nor an interval (NaN).
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pandas as pd
+from scipy.stats import t as student
+
+from drlora_ref.experiments.paper import budget_name, table
+from drlora_ref.experiments.records import read_record
+from drlora_ref.experiments.settings import NOT_IN_KEY
+from drlora_ref.schedule import BudgetSchedule
+
+NEEDED = ("task", "method", "status", "best", "evaluations", "steps", "total_steps")
+STATISTICS = ("mean", "std", "n", "ci_low", "ci_high")
+COSTS = ("surviving_components", "seconds", "peak_memory_mib")
+SAME_INPUTS = ("data_fingerprint", "model_sha256", "train_size")
+
+
+def load(*folders: str | Path) -> pd.DataFrame:
+    """One row for every record.json in or below the folders, older ones with fewer fields included.
+
+    Columns: the parameters of the run (`score`, the name of the importance score, is called
+    importance_score); `budget` as the paper names it; then the outcome: status, score, best,
+    best_ever, last, the further metrics of the evaluation that gave `best`, and what it took.
+    Units: seconds, steps a second outside evaluation, MiB.
+
+    Choice: `score` is best; a run that diverged before any evaluation that counts scores 0.0, and
+    so do its further metrics. Left out, it would flatter its method; and 0.0 is what evaluation
+    gives a model that answers NaN, which a diverged one does. Its `status` tells it from a bad run.
+    Raises FileNotFoundError (no record), ValueError naming a file that is cut short or no run.
+    """
+    paths = sorted({path.resolve(): path for path in _find(folders)}.values())
+    frame = pd.DataFrame([_row(path) for path in paths])
+    nothing = frame.best.isna() & (frame.status == "diverged")
+    for name in _further_metrics(frame):
+        of_the_task = frame.groupby("task")[name].transform("count") > 0
+        frame[name] = frame[name].mask(nothing & of_the_task, 0.0)
+    return frame
+
+
+def _find(folders: Iterable[str | Path]) -> Iterable[Path]:
+    for folder in folders:
+        found = list(Path(folder).rglob("record.json"))
+        if not found:
+            raise FileNotFoundError(f"no record.json in or below {folder}")
+        yield from found
+
+
+def _row(path: Path) -> dict:
+    record = read_record(path)
+    parameters = {"seed": record.get("seed"), **record.get("parameters", {})}
+    if missing := [name for name in NEEDED if name not in record | parameters]:
+        raise ValueError(f"{path} is not the record of a run: it lacks {', '.join(missing)}")
+    parameters["importance_score"] = parameters.pop("score", None)
+    counts, environment = record.get("trainable_parameters", {}), record.get("environment", {})
+    best, diverged = record["best"], record["status"] == "diverged"
+    return {
+        **parameters,
+        "budget": budget_name(parameters),
+        "status": record["status"],
+        "metric_name": record.get("metric_name", "metric"),
+        "score": 0.0 if best is None and diverged else _number(best),
+        **{name: _number(record.get(name)) for name in ("best", "best_ever", "last")},
+        **_further_metrics_at_best(record),
+        **{f"{part}_parameters": _number(counts.get(part)) for part in ("adapter", "head")},
+        "total_steps": record["total_steps"],
+        **{name: _number(record.get(name)) for name in COSTS},
+        "steps_per_second": _steps_per_second(record),
+        "device": environment.get("device", ""),
+        "code": record.get("code", ""),
+        "data_fingerprint": record.get("data", {}).get("fingerprint", ""),
+        "model_sha256": record.get("model", {}).get("sha256", ""),
+        "folder": str(path.parent),
+    }
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _further_metrics(frame: pd.DataFrame) -> list[str]:
+    columns = list(frame)
+    return columns[columns.index("last") + 1 : columns.index("adapter_parameters")]
+
+
+def _further_metrics_at_best(record: dict) -> dict[str, float]:
+    # Any r: the settled steps follow from T alone, for methods that do not prune too.
+    settled = BudgetSchedule(1, 1, record["total_steps"]).pruning_ended
+    for evaluation in record["evaluations"]:
+        if settled(evaluation["step"]) and evaluation["metric"] == record["best"]:
+            known = ("step", "epoch", "metric", "collapsed")
+            return {name: value for name, value in evaluation.items() if name not in known}
+    return {}
+
+
+def _steps_per_second(record: dict) -> float:
+    if "seconds" not in record:
+        return math.nan
+    training = record["seconds"] - record.get("evaluation_seconds", 0)
+    return record["steps"] / training if training > 0 else math.nan
+
+
+def summarise(
+    frame: pd.DataFrame,
+    by: str | Sequence[str] = ("task", "method", "budget"),
+    value: str = "score",
+) -> pd.DataFrame:
+    """One row a cell: `by`, metric, mean, std (n - 1), n seeds, 95 % interval, failed runs.
+
+    The interval is Student's t over seeds: of the mean over seeds, on this one set of examples.
+    `collapsed` and `diverged` count runs of that status; they are in the mean.
+    Raises ValueError for a column that is missing, a run without a value (nothing is dropped), two
+    runs of one seed in one cell, and runs of one cell that differ in more than the seed.
+    """
+    by = [by] if isinstance(by, str) else list(by)
+    _check(frame, by, value)
+    rows = []
+    for key, cell in frame.groupby(by, dropna=False):
+        metric = ", ".join(sorted(set(cell.metric_name))) if value == "score" else value
+        names = {**dict(zip(by, key, strict=True)), "metric": metric}
+        rows.append({**names, **_statistics(cell[value]), **_failed(cell)})
+    return pd.DataFrame(rows)
+
+
+def _failed(runs: pd.DataFrame) -> dict[str, int]:
+    return {name: int((runs.status == name).sum()) for name in ("collapsed", "diverged")}
+
+
+def _statistics(values: pd.Series) -> dict[str, float]:
+    n, mean, std = len(values), float(values.mean()), float(values.std(ddof=1))
+    half = float(student.ppf(0.975, n - 1)) * std / math.sqrt(n) if n > 1 else math.nan
+    return dict(zip(STATISTICS, (mean, std, n, mean - half, mean + half), strict=True))
+
+
+def average(frame: pd.DataFrame, value: str = "score") -> pd.DataFrame:
+    """Table 2's last column: the mean of GLUE's eight tasks, one row a method and budget.
+
+    As in `summarise`, with task "avg": each seed's mean over the tasks, then mean and std over
+    those n seeds that ran all eight. Raises ValueError as `summarise` does.
+    """
+    tasks, cell = list(table(7).task), ["method", "budget"]
+    _check(frame, ["task", *cell], value)
+    wide = frame.pivot(index=[*cell, "seed"], columns="task", values=value).reindex(columns=tasks)
+    whole = wide.dropna()
+    runs = frame[frame.task.isin(tasks)].set_index([*cell, "seed"]).loc[whole.index]
+    rows = []
+    for key, means in whole.mean(axis=1).groupby(cell):
+        names = {"task": "avg", **dict(zip(cell, key, strict=True)), "metric": "average"}
+        rows.append({**names, **_statistics(means), **_failed(runs.loc[key])})
+    return pd.DataFrame(rows)
+
+
+def paired_difference(
+    frame: pd.DataFrame,
+    baseline: str = "lora",
+    by: str | Sequence[str] = ("task", "budget"),
+    value: str = "score",
+) -> pd.DataFrame:
+    """How much each method is above `baseline`: one row a cell and method, as in `summarise`.
+
+    Paired by seed: two runs of one seed share the order of the data (and the rows, where train_size
+    draws some), so what it does to both cancels. n counts pairs; `unpaired` the runs of either
+    method that have no partner: with n = 0 that is all of them, and there is no mean.
+    Raises ValueError as `summarise` does, for a cell with more than one model or set of data, and
+    if there is no run of the baseline.
+    """
+    by = [by] if isinstance(by, str) else list(by)
+    _check(frame, [*by, "method"], value)
+    if baseline not in set(frame.method):
+        raise ValueError(
+            f"no run of {baseline!r}: there are {', '.join(sorted(set(frame.method)))}"
+        )
+    rows = []
+    for key, cell in frame.groupby(by, dropna=False):
+        _check_same(cell, ", ".join(map(str, key)), SAME_INPUTS)
+        scores = {method: runs.set_index("seed")[value] for method, runs in cell.groupby("method")}
+        base = scores.pop(baseline, pd.Series(dtype=float))
+        for method, theirs in scores.items():
+            pairs = (theirs - base).dropna()
+            unpaired = len(theirs) + len(base) - 2 * len(pairs)
+            cell_keys = {**dict(zip(by, key, strict=True)), "method": method, "baseline": baseline}
+            rows.append({**cell_keys, **_statistics(pairs), "unpaired": unpaired})
+    return pd.DataFrame(rows)
+
+
+def choose(
+    frame: pd.DataFrame,
+    parameter: str = "learning_rate",
+    by: str | Sequence[str] = ("task", "method"),
+    value: str = "score",
+) -> dict:
+    """{cell: the value of `parameter` with the best mean over seeds}; of equals the first in order.
+
+    Read with care: the winner's score is flattered by having been picked. Report other seeds.
+    Raises ValueError as `summarise` does, and where values were tried on unequal sets of seeds: the
+    best of more draws looks better.
+    """
+    by = [by] if isinstance(by, str) else list(by)
+    _check(frame, [*by, parameter], value)
+    chosen = {}
+    for key, cell in frame.groupby(by, dropna=False):
+        key = key if len(by) > 1 else key[0]
+        candidates = cell.groupby(parameter, dropna=False)
+        seeds = candidates.seed.agg(lambda tried: tuple(sorted(tried)))
+        if seeds.nunique() > 1:
+            tried = ", ".join(f"{candidate}: {list(s)}" for candidate, s in seeds.items())
+            raise ValueError(
+                f"{key}: each {parameter} must be tried on the same seeds, not {tried}"
+            )
+        chosen[key] = candidates[value].mean().idxmax()
+    return chosen
+
+
+def _check(frame: pd.DataFrame, keys: list[str], value: str) -> None:
+    if missing := [name for name in (*keys, "seed", value) if name not in frame]:
+        raise ValueError(f"no column {', '.join(missing)}: there are {', '.join(frame)}")
+    if len(empty := frame[frame[value].isna()]):
+        raise ValueError(f"no {value} in {', '.join(empty.folder)}: leave these out by name")
+    parameters = list(frame.columns[: frame.columns.get_loc("status")])
+    free = (*NOT_IN_KEY, "seed")
+    fixed = [name for name in (*parameters, *SAME_INPUTS) if name not in free]
+    for key, cell in frame.groupby(keys, dropna=False):
+        where = ", ".join(f"{name} = {word}" for name, word in zip(keys, key, strict=True))
+        _check_same(cell, where, fixed)
+        twins = cell[cell.duplicated("seed", keep=False)].sort_values("seed", kind="stable")
+        if len(twins):
+            twins = twins[twins.seed == twins.seed.iloc[0]]
+            raise ValueError(
+                f"several runs of {where}, seed {twins.seed.iloc[0]}: {', '.join(twins.folder)}; "
+                "leave all but one out"
+            )
+
+
+def _check_same(cell: pd.DataFrame, where: str, columns: Sequence[str]) -> None:
+    for name in columns:
+        # An older record lacks newer parameters: NaN says nothing, and is no difference.
+        if name in cell and cell[name].nunique() > 1:
+            folders = ", ".join(cell.drop_duplicates(name).folder)
+            words = " and ".join(map(str, cell[name].dropna().unique()))
+            raise ValueError(
+                f"the runs of {where} differ in {name}: {words} ({folders}); add it to `by`, or "
+                "take them apart"
+            )
