@@ -71,10 +71,14 @@ def set_up(settings: Settings) -> Job:
     family = FAMILIES[settings.task]
     source = models.resolve_model(settings.model_name)
     data = family.load_task(settings.task, settings.data_dir, settings.train_size, settings.seed)
-    schedule = make_schedule(settings, len(data.train))
+    make_schedule(settings, len(data.train))  # a bad number shows before the data is encoded
     accelerator = make_accelerator(settings.precision)
     set_seed(settings.seed)
     model, tokenizer = family.load_model(source, settings.task)
+    options = {name: getattr(settings, name) for name in family.OPTIONS}
+    inputs = family.prepare(data, tokenizer, **options)
+    # An epoch is a pass over the encoded rows: a long text of SQuAD is several windows.
+    schedule = make_schedule(settings, len(inputs.train))
     prepared = methods.prepare(
         settings.method,
         model,
@@ -87,8 +91,6 @@ def set_up(settings: Settings) -> Job:
         score=settings.score,
         seed=settings.seed,
     )
-    options = {name: getattr(settings, name) for name in family.OPTIONS}
-    inputs = family.prepare(data, tokenizer, **options)
     return Job(settings, folder, data, source, schedule, prepared, inputs, accelerator)
 
 
