@@ -1,93 +1,96 @@
-"""Run a notebook as an experiment: papermill, with its parameters checked first.
+"""The command line: one run, one notebook as an experiment, or a grid of them.
 
+    python -m drlora_ref.experiments run runs/mine -p task cola -p method lora -p seed 1
     python -m drlora_ref.experiments notebook notebooks/09_a_real_run.ipynb runs/mine \\
         -f notebooks/settings/glue_laptop.yaml -p task cola -p seed 1
+    python -m drlora_ref.experiments grid notebooks/grids/smoke_cola.yaml --workers 2
 
-The executed notebook, the record and the figures end up in the folder, here runs/mine.
+A run's record, and the executed notebook and its figures, end up in the folder, here runs/mine.
+On several devices: accelerate launch -m drlora_ref.experiments run ...
 """
 
 import argparse
-import ast
-import difflib
+import os
 import sys
-from pathlib import Path
+from dataclasses import fields
 
-import papermill
-import yaml
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from drlora_ref.experiments.records import check_output_dir
-
-
-def run_notebook(notebook: str | Path, output_dir: str | Path, parameters: dict) -> Path:
-    """Execute a notebook with these parameters; returns the executed copy in output_dir.
-
-    Raises, before anything runs or is written: FileNotFoundError (no such notebook), ValueError (a
-    parameter that it does not declare: papermill would only warn), FileExistsError (output_dir
-    holds a record, and `overwrite` is not among the parameters). papermill's own
-    PapermillExecutionError, if a cell fails, comes after the partly executed copy is saved.
-    """
-    if not Path(notebook).is_file():
-        raise FileNotFoundError(f"{notebook}: no such notebook")
-    known = papermill.inspect_notebook(str(notebook))
-    if "output_dir" in parameters:
-        raise ValueError("output_dir is the second argument, not a parameter")
-    for name, value in parameters.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known) or sorted(known)
-            raise ValueError(f"{Path(notebook).name} has no parameter {name!r}: {', '.join(near)}?")
-        default = literal(known[name]["default"])
-        # YAML reads 1e-3 as a word (it wants 1.0e-3): say so here, not in the middle of the run.
-        if isinstance(value, str) != isinstance(default, str):
-            raise ValueError(
-                f"{name} = {value!r}: must be like {default!r}, which it is by default"
-            )
-    folder = check_output_dir(output_dir, overwrite=bool(parameters.get("overwrite")))
-    executed = folder / Path(notebook).name
-    papermill.execute_notebook(
-        str(notebook),
-        str(executed),
-        {**parameters, "output_dir": str(output_dir)},
-        kernel_name="python3",
-        progress_bar=sys.stderr.isatty(),
-    )
-    return executed
-
-
-def literal(text: str):
-    """The value that a word on the command line, or in a notebook's cell, stands for.
-
-    >>> literal("1e-3"), literal("true"), literal("cola"), literal("'cola'"), literal("")
-    (0.001, True, 'cola', 'cola', '')
-    """
-    try:
-        return ast.literal_eval(text.capitalize() if text.lower() in ("true", "false") else text)
-    except (ValueError, SyntaxError):
-        return text
+from drlora_ref.experiments.grid import run_grid
+from drlora_ref.experiments.notebooks import check_known, literal, read_yaml, run_notebook
+from drlora_ref.experiments.runs import run
+from drlora_ref.experiments.settings import Settings
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status: 0, or 1 with one line on standard error."""
-    parser = argparse.ArgumentParser(prog="python -m drlora_ref.experiments")
-    command = parser.add_subparsers(required=True).add_parser("notebook", help="run a notebook")
-    command.add_argument("notebook")
-    command.add_argument("output_dir")
-    command.add_argument("-f", dest="file", help="parameters from a YAML file")
-    command.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    given = parser.parse_args(arguments)
+    given = _parser().parse_args(arguments)
     try:
-        parameters = yaml.safe_load(Path(given.file).read_text()) if given.file else {}
-        parameters |= {name: literal(value) for name, value in given.p}
-        executed = run_notebook(given.notebook, given.output_dir, parameters)
+        return given.do(given)
     except PapermillExecutionError as error:
-        print(f"{error.ename}: {error.evalue}", file=sys.stderr)
-        return 1
+        return _complain(error.ename, error.evalue)
     except (OSError, ValueError, ImportError, DeadKernelError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return _complain(type(error).__name__, error)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m drlora_ref.experiments")
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("run", help="one run, and its record")
+    one.set_defaults(do=_run)
+    notebook = commands.add_parser("notebook", help="run a notebook with other parameters")
+    notebook.add_argument("notebook")
+    notebook.set_defaults(do=_notebook)
+    for command in (one, notebook):
+        command.add_argument("output_dir")
+        command.add_argument("-f", dest="file", help="parameters from a YAML file")
+        command.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    grid = commands.add_parser("grid", help="many runs of a notebook, each done once")
+    grid.add_argument("file", help="a YAML file as in notebooks/grids")
+    grid.add_argument("--out", default="", help="by default runs/ and the file's name")
+    grid.add_argument("--workers", type=int, default=1, help="runs at a time")
+    grid.add_argument("--cluster", choices=["local", "slurm"], default="local")
+    grid.add_argument("--stale", action="store_true", help="repeat what other code has done")
+    grid.add_argument("--dry-run", action="store_true", help="say what there is to do, and stop")
+    grid.set_defaults(do=_grid)
+    return parser
+
+
+def _parameters(given: argparse.Namespace) -> dict:
+    in_file = read_yaml(given.file) if given.file else {}
+    return in_file | {name: literal(value) for name, value in given.p}
+
+
+def _run(given: argparse.Namespace) -> int:
+    parameters = _parameters(given)
+    names = [field.name for field in fields(Settings) if field.name != "output_dir"]
+    check_known("a run has no parameter", parameters, names)
+    record = run(Settings(**parameters, output_dir=given.output_dir))
+    if _is_main_process():
+        best = "none" if record["best"] is None else f"{record['best']:.4f}"
+        print(f"{record['status']}; best {record['metric_name']}: {best}; in {given.output_dir}")
+    return 0
+
+
+def _notebook(given: argparse.Namespace) -> int:
+    executed = run_notebook(given.notebook, given.output_dir, _parameters(given))
     print(f"executed notebook, record and figures: {executed.parent}")
     return 0
+
+
+def _grid(given: argparse.Namespace) -> int:
+    return run_grid(given.file, given.out, given.workers, given.cluster, given.stale, given.dry_run)
+
+
+def _complain(kind: str, what) -> int:
+    if _is_main_process():
+        print(f"{kind}: {what}", file=sys.stderr)
+    return 1
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"  # as accelerate launch tells its processes
 
 
 if __name__ == "__main__":

@@ -1,0 +1,100 @@
+"""Run a notebook as an experiment: papermill, with its parameters checked first."""
+
+import ast
+import difflib
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import papermill
+import yaml
+
+from drlora_ref.experiments.records import check_output_dir
+
+
+def run_notebook(notebook: str | Path, output_dir: str | Path, parameters: dict) -> Path:
+    """Execute a notebook with these parameters; returns the executed copy in output_dir.
+
+    Raises, before anything runs or is written, what check_parameters raises, and FileExistsError
+    (output_dir holds a record, and `overwrite` is not among the parameters). papermill's own
+    PapermillExecutionError, if a cell fails, comes after the partly executed copy is saved.
+    """
+    if "output_dir" in parameters:
+        raise ValueError("output_dir is the second argument, not a parameter")
+    check_parameters(notebook, parameters)
+    folder = check_output_dir(output_dir, overwrite=bool(parameters.get("overwrite")))
+    executed = folder / Path(notebook).name
+    papermill.execute_notebook(
+        str(notebook),
+        str(executed),
+        {**parameters, "output_dir": str(output_dir)},
+        kernel_name="python3",
+        progress_bar=sys.stderr.isatty(),
+    )
+    return executed
+
+
+def check_parameters(notebook: str | Path, *sets: dict) -> set[str]:
+    """Check that a notebook can be given these sets of parameters; returns the names of all it has.
+
+    Raises FileNotFoundError (no such notebook) and ValueError: a parameter that it does not
+    declare, of which papermill would only warn, or a value that is a word where the notebook's own
+    is none, or the other way round.
+    """
+    if not Path(notebook).is_file():
+        raise FileNotFoundError(f"{notebook}: no such notebook")
+    known = papermill.inspect_notebook(str(notebook))
+    for parameters in sets:
+        check_known(f"{Path(notebook).name} has no parameter", parameters, known)
+        for name, value in parameters.items():
+            default = literal(known[name]["default"])
+            if isinstance(value, str) != isinstance(default, str):
+                number = isinstance(value, str) and isinstance(literal(value), float)
+                hint = " (YAML reads 1e-3 as a word, and 1.0e-3 as a number)" if number else ""
+                raise ValueError(
+                    f"{name} = {value!r}: must be like {default!r}, which it is by default{hint}"
+                )
+    return set(known)
+
+
+def check_known(problem: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Raise ValueError for the first name that is not known, with the nearest ones or all.
+
+    >>> check_known("no parameter", ["sed"], ["seed", "task"])
+    Traceback (most recent call last):
+    ValueError: no parameter 'sed': seed?
+    """
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known) or sorted(known)
+            raise ValueError(f"{problem} {name!r}: {', '.join(near)}?")
+
+
+def read_yaml(file: str | Path) -> dict:
+    """The names and values in a YAML file; FileNotFoundError, or ValueError if it holds no such.
+
+    >>> read_yaml("none.yaml")
+    Traceback (most recent call last):
+    FileNotFoundError: none.yaml: no such file
+    """
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    try:
+        found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} must hold lines of `name: value`")
+    return found
+
+
+def literal(text: str):
+    """The value that a word on the command line, or in a notebook's cell, stands for.
+
+    >>> literal("1e-3"), literal("true"), literal("cola"), literal("'cola'"), literal("")
+    (0.001, True, 'cola', 'cola', '')
+    """
+    try:
+        return ast.literal_eval(text.capitalize() if text.lower() in ("true", "false") else text)
+    except (ValueError, SyntaxError):
+        return text

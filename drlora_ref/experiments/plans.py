@@ -1,0 +1,176 @@
+"""The file of a grid, and the runs that it stands for, all checked before the first one starts.
+
+    notebook: ../10_roberta_glue.ipynb        # from the file's own folder
+    parameters: {model_name: roberta-base}    # of all runs
+    cases: [{method: full}, {method: drlora, table_8: small}]    # sets that go together
+    vary: {task: [cola, rte], seed: [0, 1]}   # every combination, with every case
+    best_of: {folder: runs/rates, parameter: learning_rate}      # the best value in those runs
+
+`table_8: small` (or large) stands for what paper.settings has for the task and method at that
+budget; what is written beside it goes before. `cost` says what to expect, `slurm` what to ask of a
+cluster.
+"""
+
+import itertools
+import os
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from drlora_ref.experiments import jobs, paper, results
+from drlora_ref.experiments.models import resolve_model
+from drlora_ref.experiments.notebooks import check_known, check_parameters, read_yaml
+from drlora_ref.experiments.runs import make_schedule
+from drlora_ref.experiments.settings import FAMILIES, Settings, run_key
+
+KINDS = {
+    "notebook": str,
+    "parameters": dict,
+    "cases": list,
+    "vary": dict,
+    "best_of": dict,
+    "cost": dict,
+    "slurm": dict,
+}
+KEYS = {"best_of": ["folder", "parameter"], "cost": ["optimizer_steps", "gpu_hours", "basis"]}
+BY_GRID = ("output_dir", "overwrite")  # parameters that the grid itself sets
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a grid: a short label of what varies, its run_key, T, and what is to be run."""
+
+    label: str
+    key: str
+    steps: int
+    task: jobs.Task
+
+    @property
+    def folder(self) -> Path:
+        """Where its record is, or will be."""
+        return self.task.folder
+
+
+def read_grid(file: str | Path) -> dict:
+    """The grid in a file, its form checked; `notebook` becomes a path from here.
+
+    Raises FileNotFoundError, and ValueError naming what is wrong.
+    """
+    grid = read_yaml(file)
+    if "notebook" not in grid:
+        raise ValueError(f"{file}: a grid needs a line `notebook: path, from this file's folder`")
+    check_known(f"{file}: a grid has no", grid, KINDS)
+    for name, value in grid.items():
+        if not isinstance(value, KINDS[name]):
+            raise ValueError(f"{file}: {name} = {value!r} must be a {KINDS[name].__name__}")
+        if name in KEYS and sorted(value) != sorted(KEYS[name]):
+            raise ValueError(f"{file}: {name} has {sorted(value)}, needs {KEYS[name]}")
+    _check_sets(file, grid)
+    return grid | {"notebook": Path(os.path.relpath(Path(file).parent / grid["notebook"]))}
+
+
+def _check_sets(file, grid: dict) -> None:
+    lists = {"cases": grid.get("cases", [{}]), **grid.get("vary", {})}
+    for name, values in lists.items():
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"{file}: {name} = {values!r} must be a list, and not an empty one")
+    if wrong := [case for case in lists["cases"] if not isinstance(case, dict)]:
+        raise ValueError(f"{file}: the case {wrong[0]!r} must be names with values")
+    in_cases = {name for case in lists["cases"] for name in case}
+    best = [grid["best_of"]["parameter"]] if "best_of" in grid else []
+    names = [*grid.get("parameters", {}), *in_cases, *grid.get("vary", {}), *best]
+    if twice := [name for name, times in Counter(names).items() if times > 1]:
+        raise ValueError(f"{file} sets {', '.join(twice)} in two places")
+    known = {"table_8", *(field.name for field in fields(Settings))} - set(BY_GRID)
+    check_known(f"{file}: a run has no", names, known)
+    check_known(f"{file}: slurm has no", grid.get("slurm", {}), jobs.SLURM)
+
+
+def expand(grid: dict) -> list[tuple[str, dict]]:
+    """[(label, parameters)] of every case with every combination of what varies.
+
+    >>> expand({"cases": [{"method": "lora"}], "vary": {"task": ["rte"], "seed": [0, 1]}})[1]
+    ('lora-rte-seed1', {'method': 'lora', 'task': 'rte', 'seed': 1})
+    """
+    vary, sets = grid.get("vary", {}), []
+    for case in grid.get("cases", [{}]):
+        for values in itertools.product(*vary.values()):
+            chosen = case | dict(zip(vary, values, strict=True))
+            words = [v if isinstance(v, str) else f"{name}{v}" for name, v in chosen.items()]
+            label = re.sub(r"[^\w.+-]+", "_", "-".join(words))[:100] or "run"
+            sets.append((label, grid.get("parameters", {}) | chosen))
+    return sets
+
+
+def plan(grid: dict, out: Path) -> list[Run]:
+    """Every run of a grid, checked; reads data and models, starts and writes nothing.
+
+    Raises what the checks raise: of the notebook, of Settings, of data, models and schedules;
+    ValueError for two runs that are the same.
+    """
+    sets = expand(grid)
+    given = [{k: v for k, v in chosen.items() if k != "table_8"} for _, chosen in sets]
+    known = check_parameters(grid["notebook"], *given)
+    best = _best(grid, {parameters.get("seed", Settings.seed) for parameters in given})
+    settings = [_settings(label, chosen, best, known) for label, chosen in sets]
+    data = {place: _look_at(*place) for place in {(s.task, s.data_dir): 0 for s in settings}}
+    models = {name: resolve_model(name).sha256 for name in {s.model_name: 0 for s in settings}}
+    runs: dict[str, Run] = {}
+    for (label, _), one in zip(sets, settings, strict=True):
+        fingerprint, rows = data[one.task, one.data_dir]
+        key = run_key(one, fingerprint, models[one.model_name])
+        if key in runs:
+            raise ValueError(f"{runs[key].label} and {label} are the same run")
+        folder = next(out.glob(f"*-{key}"), out / f"{label}-{key}")  # labels may change
+        given = {k: v for k, v in asdict(one).items() if k in known and k not in BY_GRID}
+        task = jobs.Task(grid["notebook"], folder, given)
+        runs[key] = Run(label, key, _steps(label, one, rows), task)
+    return list(runs.values())
+
+
+def _settings(label: str, chosen: dict, best: dict, known: set[str]) -> Settings:
+    """The settings of one run: the paper's, then the best ones, then what the grid says."""
+    chosen = {"task": Settings.task, "method": Settings.method} | chosen
+    pair = chosen["task"], chosen["method"]
+    try:
+        base = paper.settings(*pair, chosen.pop("table_8")) if "table_8" in chosen else {}
+        settings = Settings(**base | best.get(pair, {}) | chosen)
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from None
+    if best and pair not in best:
+        raise ValueError(f"{label}: best_of has no runs of {pair[1]} on {pair[0]}")
+    for name, value in asdict(settings).items():
+        if name not in known and value != getattr(Settings, name):
+            raise ValueError(f"{label} needs {name} = {value!r}, which the notebook does not take")
+    return settings
+
+
+def _best(grid: dict, seeds: set[int]) -> dict:
+    """{(task, method): {parameter: value}} of the value with the best mean score in `best_of`."""
+    if "best_of" not in grid:
+        return {}
+    folder, parameter = grid["best_of"]["folder"], grid["best_of"]["parameter"]
+    runs = results.load(folder)
+    if both := sorted(seeds & set(runs.seed)):
+        raise ValueError(
+            f"best_of: {folder} has runs with the seeds {both} too: what is chosen on a seed must "
+            "not be reported on it"
+        )
+    # as plain numbers: NumPy's own are not what Settings takes
+    chosen = results.choose(runs, parameter).items()
+    return {cell: {parameter: getattr(v, "item", lambda v=v: v)()} for cell, v in chosen}
+
+
+def _look_at(task: str, data_dir: str) -> tuple[str, int]:
+    data = FAMILIES[task].load_task(task, data_dir)
+    return data.fingerprint, len(data.train)
+
+
+def _steps(label: str, settings: Settings, rows: int) -> int:
+    if not 0 <= settings.train_size <= rows:
+        raise ValueError(f"{label}: train_size = {settings.train_size} of {rows} training rows")
+    try:
+        return make_schedule(settings, settings.train_size or rows).total_steps
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from None
