@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY
 from torch import nn
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -25,8 +26,6 @@ from drlora_ref.experiments.methods import METHODS, Prepared, count_trainable, p
 from drlora_ref.experiments.models import load_pretrained, resolve_model
 from drlora_ref.inject import TARGET_MODULES, in_head
 from drlora_ref.train import train
-
-from conftest import TINY  # isort: skip
 
 MODELS = {
     "roberta": ("tiny-roberta", AutoModelForSequenceClassification),
