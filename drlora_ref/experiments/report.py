@@ -31,7 +31,7 @@ def beside_paper(summary: pd.DataFrame, number: int) -> pd.DataFrame:
         raise ValueError(
             f"table {number} needs the columns {', '.join(missing)}: summarise by them"
         )
-    ours = summary[summary.task.isin(figures.task)]
+    ours = summary[summary.task.isin(figures.task)].astype(figures[keys].dtypes)
     both = figures.merge(ours, on=keys, how="left")
     known = figures.set_index(keys).index
     return pd.concat([both, ours[~ours.set_index(keys).index.isin(known)]], ignore_index=True)

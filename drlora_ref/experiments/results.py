@@ -116,7 +116,8 @@ def summarise(
     The interval is Student's t over seeds: of the mean over seeds, on this one set of examples.
     `collapsed` and `diverged` count runs of that status; they are in the mean.
     Raises ValueError for a column that is missing, a run without a value (nothing is dropped), two
-    runs of one seed in one cell, and runs of one cell that differ in more than the seed.
+    runs of one seed in one cell, and runs of one cell that differ in more than the seed. Of no
+    runs it makes an empty table.
     """
     by = [by] if isinstance(by, str) else list(by)
     _check(frame, by, value)
@@ -125,7 +126,7 @@ def summarise(
         metric = ", ".join(sorted(set(cell.metric_name))) if value == "score" else value
         names = {**dict(zip(by, key, strict=True)), "metric": metric}
         rows.append({**names, **_statistics(cell[value]), **_failed(cell)})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=[*by, "metric", *STATISTICS, "collapsed", "diverged"])
 
 
 def _failed(runs: pd.DataFrame) -> dict[str, int]:
@@ -153,7 +154,8 @@ def average(frame: pd.DataFrame, value: str = "score") -> pd.DataFrame:
     for key, means in whole.mean(axis=1).groupby(cell):
         names = {"task": "avg", **dict(zip(cell, key, strict=True)), "metric": "average"}
         rows.append({**names, **_statistics(means), **_failed(runs.loc[key])})
-    return pd.DataFrame(rows)
+    columns = ["task", *cell, "metric", *STATISTICS, "collapsed", "diverged"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def paired_difference(
