@@ -1,0 +1,126 @@
+"""From start and end logits to answers, and from answers to exact match and F1."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torchmetrics.functional.text.squad import _normalize_text, squad
+
+from drlora_ref.experiments.evaluation import batches_by_length, evaluation_mode
+from drlora_ref.experiments.squad_windows import NO_ANSWER, Windows
+
+N_BEST, LONGEST = 20, 30  # starts and ends that are tried in a window; tokens of an answer
+
+
+class Spans(NamedTuple):
+    """The best answer within each window: all of shape (windows,), first and last are tokens."""
+
+    score: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+    no_answer: np.ndarray
+
+
+def evaluate(
+    model, windows: Windows, questions: Dataset, unanswerable: bool, collate, batch_size: int = 64
+) -> dict:
+    """F1 ("metric") and "exact_match" of the model's answers, and whether they are `collapsed`.
+
+    Collapsed: the same text for every question (none at all counts as a text), or a logit that is
+    not finite. The model is left in the mode it was in, and no random number is drawn.
+    """
+    spans = predict_spans(model, windows, collate, batch_size)
+    if not np.isfinite(spans.no_answer).all():
+        return {"metric": 0.0, "exact_match": 0.0, "collapsed": True}
+    answers = choose_answers(spans, windows, questions["context"][:], unanswerable)
+    exact_match, f1 = score_answers(answers, [gold["text"] for gold in questions["answers"][:]])
+    return {"metric": f1, "exact_match": exact_match, "collapsed": len(set(answers)) == 1}
+
+
+def predict_spans(model, windows: Windows, collate, batch_size: int) -> Spans:
+    """What the model says of each window; `no_answer` is NaN where a logit is not finite."""
+    spans = Spans(*(np.zeros(len(windows.tokens), kind) for kind in ("f4", "i8", "i8", "f4")))
+    with evaluation_mode(model):
+        for chosen, batch in batches_by_length(model, windows.tokens, collate, batch_size):
+            output = model(**batch)
+            start, end = output.start_logits.float(), output.end_logits.float()
+            in_context = torch.from_numpy(windows.offsets[chosen, : start.shape[1], 1] >= 0)
+            both = start + end
+            no_answer = both[:, NO_ANSWER].where(both.isfinite().all(-1), torch.nan)
+            found = *best_spans(start, end, in_context.to(start.device)), no_answer
+            for held, new in zip(spans, found, strict=True):
+                held[chosen] = new.cpu()
+    return spans
+
+
+def best_spans(
+    start_logits: Tensor, end_logits: Tensor, in_context: Tensor, n_best: int = N_BEST
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(score, first token, last token) of the best span of each window: start + end logit.
+
+    A span lies in the context, does not end before it starts, and is at most 30 tokens long. The
+    `n_best` starts are tried with the `n_best` ends, all pairs in one addition.
+
+    Shapes: three times (windows, tokens) -> three times (windows,). The score is -inf, and the
+    tokens mean nothing, where no pair is such a span.
+
+    Choice: 20 starts and ends, 30 tokens, as is usual on SQuAD; the paper does not say.
+
+    >>> start, end = torch.tensor([[9.0, 1.0, 5.0, 0.0]]), torch.tensor([[9.0, 4.0, 0.0, 3.0]])
+    >>> in_context = torch.tensor([[False, True, True, True]])
+    >>> [found.item() for found in best_spans(start, end, in_context)]
+    [8.0, 2, 3]
+    """
+    n = min(n_best, start_logits.shape[1])
+    start, first = start_logits.masked_fill(~in_context, -torch.inf).topk(n)
+    end, last = end_logits.masked_fill(~in_context, -torch.inf).topk(n)
+    length = last[:, None, :] - first[:, :, None] + 1  # (windows, n starts, n ends)
+    score = start[:, :, None] + end[:, None, :]
+    score = score.masked_fill((length < 1) | (length > LONGEST), -torch.inf)
+    best, pair = score.flatten(1).max(-1, keepdim=True)
+    return best[:, 0], first.gather(1, pair // n)[:, 0], last.gather(1, pair % n)[:, 0]
+
+
+def choose_answers(
+    spans: Spans, windows: Windows, contexts: list[str], unanswerable: bool
+) -> list[str]:
+    """One text for each question: the best span of all its windows, or "" for no answer.
+
+    If questions may be `unanswerable`, the span must score at least as much as no answer does. Of
+    that score the minimum over the windows counts: an answer in one of them is an answer.
+
+    Choice: the threshold between the two is 0. Picking the best one on the dev set, as the official
+    script also does, would flatter every method there; the paper does not say.
+    """
+    best_first = np.lexsort((-spans.score, windows.question))
+    best = best_first[np.unique(windows.question[best_first], return_index=True)[1]]
+    silent = np.isneginf(spans.score[best])
+    if unanswerable:
+        _, begins = np.unique(windows.question, return_index=True)
+        silent |= np.minimum.reduceat(spans.no_answer, begins) > spans.score[best]
+    begin = windows.offsets[best, spans.first[best], 0]
+    end = windows.offsets[best, spans.last[best], 1]
+    found = zip(contexts, begin, end, silent, strict=True)
+    return ["" if nothing else context[b:e] for context, b, e, nothing in found]
+
+
+def score_answers(answers: list[str], golds: list[list[str]]) -> tuple[float, float]:
+    """(exact match, F1) as fractions, each answer against the nearest of its gold answers.
+
+    Both ignore case, punctuation and articles; F1 is that of the two bags of words.
+
+    Read with care: a question without gold answers has one, the empty text, so that "" is right
+    there and nothing else is. As in the official script for SQuAD 2.0, a gold answer of which
+    nothing is left without punctuation and articles does not count.
+
+    >>> score_answers(["the red box", "Rome", ""], [["Box!"], [], []])  # 0, 0, 1 and 2/3, 0, 1
+    (0.3333..., 0.5555...)
+    """
+    counted = [[text for text in texts if _normalize_text(text)] or [""] for texts in golds]
+    found = squad(
+        [{"id": str(n), "prediction_text": text} for n, text in enumerate(answers)],
+        [{"id": str(n), "answers": {"text": texts}} for n, texts in enumerate(counted)],
+    )
+    return found["exact_match"].item() / 100, found["f1"].item() / 100
