@@ -6,6 +6,8 @@ import json
 import logging
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 from unittest.mock import Mock
@@ -15,7 +17,9 @@ import pytest
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError
+from transformers import AutoModelForSeq2SeqLM
 
+from drlora_ref.experiments import models
 from drlora_ref.experiments.hub import fetch_from_hub, require_hub
 from drlora_ref.experiments.models import (
     MINILM_SHA256,
@@ -236,3 +240,26 @@ def test_encoder_weights_that_do_not_fit_the_config_are_named(tiny_encoder, tmp_
 def test_unknown_task_is_refused_before_loading(tiny_encoder):
     with pytest.raises(ValueError, match="unknown task 'COLA'"):
         load_model(resolve_model(str(tiny_encoder)), "COLA")
+
+
+@pytest.mark.parametrize("name", ["tiny-roberta", "tiny-bart"])
+def test_a_tiny_model_is_random_and_the_same_in_every_process(name):
+    script = (
+        f"from drlora_ref.experiments.models import resolve_model as r; print(r('{name}').sha256)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    here = resolve_model(name)
+    assert done.stdout.strip() == here.sha256, done.stderr
+    assert here.source == f"random {name}"
+
+
+def test_making_a_tiny_model_draws_no_number_of_the_runs(monkeypatch):
+    models._make_tiny.cache_clear()
+    before = torch.get_rng_state()
+    resolve_model("tiny-roberta")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_model_without_the_wanted_head_is_named(tiny_encoder):
+    with pytest.raises(ValueError, match="is a roberta model, of which none does Seq2SeqLM"):
+        models.load_pretrained(resolve_model(str(tiny_encoder)), AutoModelForSeq2SeqLM)

@@ -11,7 +11,16 @@ from datasets import ClassLabel, Dataset, DatasetDict, Value
 from huggingface_hub import constants
 
 from drlora_ref.experiments import tasks
-from drlora_ref.experiments.tasks import TASKS, encode, evaluate, load_task, metric
+from drlora_ref.experiments.models import resolve_model
+from drlora_ref.experiments.tasks import (
+    TASKS,
+    encode,
+    evaluate,
+    load_model,
+    load_task,
+    metric,
+    prepare,
+)
 
 GLUE = Path(__file__).parents[1] / ".." / "shared" / "glue"
 needs_glue = pytest.mark.skipif(not GLUE.is_dir(), reason="no GLUE folder at ../shared/glue")
@@ -164,6 +173,21 @@ def test_folder_beats_environment_and_environment_beats_hub(tmp_path, monkeypatc
     monkeypatch.setenv("GLUE_DIR", "a")
     assert load_task("rte").source == "GLUE folder a"
     assert load_task("rte", "b").source == "GLUE folder b"
+
+
+@pytest.mark.parametrize("name", GLUE_TASKS)
+def test_a_generated_set_goes_through_the_reader_the_tokenizer_and_a_model(name):
+    data, again = load_task(name, "generated"), load_task(name, "generated")
+    assert data.source == f"generated {name} set" and data.fingerprint == again.fingerprint
+    assert data.train.num_rows == 64 and set(data.train.column_names) >= {"label", "idx"}
+    model, tokenizer = load_model(resolve_model("tiny-roberta"), name)
+    train, collate, score = prepare(data, tokenizer, max_length=64)
+    assert all(tokenizer.unk_token_id not in ids for ids in train["input_ids"][:])
+    assert not name == "mnli" or len(data.validation) == 2
+    model(**collate(train.select(range(8)).to_list())).loss.backward()
+    head = [p for n, p in model.named_parameters() if n.startswith("classifier")]
+    assert all(p.grad.abs().sum() > 0 for p in head)
+    assert -1 <= score(model)["metric"] <= 1
 
 
 def test_failing_folder_is_an_error_and_not_a_reason_to_ask_the_hub(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from transformers import get_linear_schedule_with_warmup
 
 from drlora_ref.experiments.checkpoints import Checkpoint, random_state, set_random_state
 from drlora_ref.experiments.data import Inputs, loss_weight, share
-from drlora_ref.experiments.methods import Prepared, count_trainable
+from drlora_ref.experiments.methods import Prepared, count_trainable, rank_pattern
 from drlora_ref.schedule import BudgetSchedule
 from drlora_ref.train import CHECK_EVERY, count_steps, first_non_finite, verdict
 
@@ -224,7 +224,7 @@ class Loop:
         self.accelerator.print(f"goes on after step {self.step}")
 
     def _result(self, flagged_at: int | None) -> dict:
-        allocator = self.prepared.allocator
+        ranks = rank_pattern(self.prepared)
         on_gpu = self.accelerator.device.type == "cuda"
         losses = [loss for loss, _ in self.health]
         return {
@@ -237,6 +237,7 @@ class Loop:
             "metric_before_training": self.before["metric"],
             "budget_curve": self.kept,
             "trainable_parameters": count_trainable(self.prepared),
-            "rank_pattern": allocator.rank_pattern() if allocator else {},
+            "rank_pattern": ranks,
+            "surviving_components": sum(ranks.values()),
             **verdict(self.evaluations, self.schedule, flagged_at),
         }

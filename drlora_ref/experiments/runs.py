@@ -175,12 +175,9 @@ def claim(folder: Path, wanted: bool = True):
 
 
 def write(job: Job, result: dict) -> dict:
-    """Write the run's record and drop its checkpoint; returns the record (None of it is a path)."""
-    rank_pattern = methods.rank_pattern(job.prepared)
+    """Write the run's record and drop its checkpoint; returns the record."""
     record = {
         **result,
-        "rank_pattern": rank_pattern,
-        "surviving_components": sum(rank_pattern.values()),
         "metric_name": FAMILIES[job.settings.task].metric_name(job.settings.task),
         "seed": job.settings.seed,
         "total_steps": job.schedule.total_steps,
