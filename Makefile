@@ -19,7 +19,7 @@ run: $(READY)
 # output (strict), and those that train run through (lax).
 test: $(READY)
 	$(BIN)/python -m pytest -q
-	$(BIN)/python -m pytest -q --nbval-lax --nbval-current-env notebooks/08_*.ipynb
+	$(BIN)/python -m pytest -q --nbval-lax --nbval-current-env notebooks/08_*.ipynb notebooks/13_*.ipynb
 	$(BIN)/python -m pytest -q --nbval --nbval-current-env notebooks/0[0-7]_*.ipynb
 
 lint: $(READY)
