@@ -1,0 +1,219 @@
+"""What the file of a grid stands for, and every way in which it can be wrong."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from fake_grid import files, pretend, write_grid, write_notebook
+
+from drlora_ref.experiments import paper, plans
+from drlora_ref.experiments.__main__ import main
+from drlora_ref.experiments.plans import expand, plan, read_grid
+from drlora_ref.experiments.settings import Settings, run_key
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted((ROOT / "notebooks" / "grids").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """A folder to work in, with fake.ipynb."""
+    monkeypatch.chdir(tmp_path)
+    write_notebook()
+    return tmp_path
+
+
+def test_every_case_meets_every_combination():
+    file = write_grid(cases=[{"method": "lora", "target_r": 4}, {"method": "drlora"}],
+                      vary={"task": ["cola", "rte"], "seed": [0, 1]})  # fmt: skip
+    sets = expand(read_grid(file))
+    assert [label for label, _ in sets] == [
+        "lora-target_r4-cola-seed0", "lora-target_r4-cola-seed1", "lora-target_r4-rte-seed0",
+        "lora-target_r4-rte-seed1", "drlora-cola-seed0", "drlora-cola-seed1", "drlora-rte-seed0",
+        "drlora-rte-seed1",
+    ]  # fmt: skip
+    assert sets[1][1] == {"model_name": "tiny-roberta", "data_dir": "generated", "method": "lora",
+                          "target_r": 4, "task": "cola", "seed": 1}  # fmt: skip
+
+
+def test_a_run_has_the_key_that_its_record_will_have():
+    (run,) = plan(read_grid(write_grid(vary={"seed": [4]})), Path("runs"))
+    data = plans.FAMILIES["cola"].load_task("cola", "generated")
+    sha256 = plans.resolve_model("tiny-roberta").sha256
+    settings = Settings(data_dir="generated", model_name="tiny-roberta", seed=4)
+    assert run.key == run_key(settings, data.fingerprint, sha256)
+    assert run.folder == Path("runs", f"seed4-{run.key}")
+    assert run.steps == 45 * 64 // 16
+
+
+def test_the_notebook_gets_every_setting_that_it_has_whatever_its_own_values_are():
+    (run,) = plan(read_grid(write_grid(vary={"seed": [4]})), Path("runs"))
+    assert run.task.parameters == {
+        "task": "cola", "data_dir": "generated", "model_name": "tiny-roberta", "method": "drlora",
+        "seed": 4, "init_r": 3, "target_r": 2, "learning_rate": 2e-3, "max_steps": 0,
+    }  # fmt: skip
+
+
+def test_the_papers_settings_yield_to_what_is_written_beside_them(monkeypatch):
+    monkeypatch.setattr(
+        plans, "check_parameters", lambda *_: {f.name for f in plans.fields(Settings)}
+    )
+    beside = {"data_dir": "generated", "table_8": "large", "learning_rate": 0.1}
+    file = write_grid(parameters=beside, vary={"task": ["rte"], "method": ["h-adapter"]})
+    (run,) = plan(read_grid(file), Path("runs"))
+    given = run.task.parameters
+    assert (given["bottleneck"], given["epochs"], given["learning_rate"]) == (32, 80, 0.1)
+
+
+def rates(folder: str, seeds=(100, 101)) -> None:
+    """Records of two methods at three rates: the middle one is best on average, not always."""
+    for method, scores in {"lora": {1e-3: (0.1, 0.2), 2e-3: (0.5, 0.5), 3e-3: (0.7, 0.0)},
+                           "drlora": {1e-3: (0.6, 0.6), 2e-3: (0.1, 0.9)}}.items():  # fmt: skip
+        for rate, of_seeds in scores.items():
+            for seed, score in zip(seeds, of_seeds, strict=True):
+                target = Path(folder, f"{method}-{rate}-{seed}")
+                target.mkdir(parents=True)
+                given = {"task": "cola", "method": method, "learning_rate": rate, "seed": seed}
+                record = dict(status="completed", best=score, evaluations=[], steps=9)
+                record |= dict(total_steps=9, parameters=given, seed=seed)
+                (target / "record.json").write_text(json.dumps(record))
+
+
+def test_best_of_takes_the_rate_with_the_best_mean_for_each_method():
+    rates("rates")
+    file = write_grid(vary={"method": ["lora", "drlora"]},
+                      best_of={"folder": "rates", "parameter": "learning_rate"})  # fmt: skip
+    runs = plan(read_grid(file), Path("runs"))
+    assert [run.task.parameters["learning_rate"] for run in runs] == [2e-3, 1e-3]
+
+
+@pytest.mark.parametrize(
+    "vary, message",
+    [
+        (
+            {"seed": [1, 101]},
+            r"rates has runs with the seeds \[101\] too: what is chosen on a seed",
+        ),
+        ({"task": ["cola", "rte"]}, "rte: best_of has no runs of drlora on rte"),
+    ],
+)
+def test_best_of_refuses_what_would_not_be_a_choice(vary, message):
+    rates("rates")
+    best_of = {"folder": "rates", "parameter": "learning_rate"}
+    with pytest.raises(ValueError, match=message):
+        plan(read_grid(write_grid(vary=vary, best_of=best_of)), Path("runs"))
+
+
+MALFORMED = {
+    "notebook: [": "grid.yaml is not YAML",
+    "": "grid.yaml must hold lines of `name: value`",
+    "- 1": "must hold lines of `name: value`",
+    "vary: {seed: [0]}": "a grid needs a line `notebook: path",
+    "{notebook: fake.ipynb, varry: {seed: [0]}}": "a grid has no 'varry': vary",
+    "{notebook: fake.ipynb, vary: [0]}": "vary = [0] must be a dict",
+    "{notebook: fake.ipynb, vary: {seed: []}}": "seed = [] must be a list, and not an empty one",
+    "{notebook: fake.ipynb, vary: {seed: 3}}": "seed = 3 must be a list",
+    "{notebook: fake.ipynb, cases: []}": "cases = [] must be a list, and not an empty one",
+    "{notebook: fake.ipynb, cases: [lora]}": "the case 'lora' must be names with values",
+    "{notebook: fake.ipynb, vary: {sed: [0]}}": "a run has no 'sed': seed",
+    "{notebook: fake.ipynb, parameters: {output_dir: x}}": "a run has no 'output_dir'",
+    "{notebook: fake.ipynb, parameters: {seed: 1}, vary: {seed: [0]}}": "sets seed in two places",
+    "{notebook: fake.ipynb, cases: [{seed: 1}, {}], vary: {seed: [0]}}": "sets seed in two places",
+    "{notebook: fake.ipynb, cost: {steps: 3}}": "cost has ['steps'], needs ['optimizer_steps'",
+    "{notebook: fake.ipynb, best_of: {folder: x}}": "best_of has ['folder'], needs ['folder', 'par",
+    "{notebook: fake.ipynb, slurm: {partion: gpu}}": "slurm has no 'partion': partition",
+    "{notebook: none.ipynb}": "none.ipynb: no such notebook",
+    "{notebook: fake.ipynb, vary: {beta: [0.5]}}": "fake.ipynb has no parameter 'beta'",
+    "{notebook: fake.ipynb, vary: {learning_rate: [1e-3]}}": "YAML reads 1e-3 as a word",
+    "{notebook: fake.ipynb, vary: {seed: [0.5]}}": "seed0.5: seed = 0.5: must be like 0",
+    "{notebook: fake.ipynb, vary: {task: [coal]}}": "coal: unknown task 'coal' (nearest: cola)",
+    "{notebook: fake.ipynb, vary: {method: [dora]}}": "dora: unknown method 'dora'",
+    "{notebook: fake.ipynb, parameters: {table_8: huge}}": "unknown budget 'huge'",
+    "{notebook: fake.ipynb, parameters: {table_8: small}, vary: {task: [rte]}}":
+        "rte needs epochs = 80, which the notebook does not take",
+    "{notebook: fake.ipynb, parameters: {data_dir: generated}, vary: {model_name: [minilm-l7]}}":
+        "unknown model 'minilm-l7': did you mean 'minilm-l6'",
+    "{notebook: fake.ipynb, parameters: {data_dir: nowhere}}": "nowhere",
+    "{notebook: fake.ipynb, parameters: {data_dir: generated, model_name: tiny-roberta,"
+    " init_r: 1}}":
+        "target_r = 2 is above init_r = 1",
+    "{notebook: fake.ipynb, parameters: {data_dir: generated, model_name: tiny-roberta},"
+    " vary: {seed: [0, 1, 0]}}": "seed0 and seed0 are the same run",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", MALFORMED)
+def test_a_grid_that_cannot_be_is_one_line_before_any_work(text, capsys, monkeypatch):
+    started = pretend(monkeypatch)
+    write_grid(text)
+    before = files()
+    assert main(["grid", "grid.yaml"]) == 1
+    error = capsys.readouterr().err
+    assert MALFORMED[text] in error and error.count("\n") == 1
+    assert not started and files() == before
+
+
+def test_a_missing_grid_and_no_workers_are_named(capsys):
+    assert main(["grid", "none.yaml"]) == 1
+    assert "none.yaml: no such file" in capsys.readouterr().err
+    assert main(["grid", write_grid(), "--workers", "0"]) == 1
+    assert "workers = 0: must be at least 1" in capsys.readouterr().err
+
+
+# The grids of the paper's tables
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_grid_stands_for_the_runs_and_the_steps_that_it_says(file, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    printed = yaml.safe_load(paper.FILE.read_text())
+    sizes = printed["train_examples"]
+    monkeypatch.setattr(plans, "_look_at", lambda task, data_dir: (task, sizes[task]))
+    monkeypatch.setattr(plans, "resolve_model", lambda name: SimpleNamespace(sha256=name))
+    grid = read_grid(file)
+    best = {(t, m): {"learning_rate": 1e-3} for t in sizes for m in printed["sizes"]}
+    monkeypatch.setattr(plans, "_best", lambda grid, seeds: best if "best_of" in grid else {})
+    runs = plan(grid, Path("runs"))
+    assert sum(run.steps for run in runs) == grid["cost"]["optimizer_steps"]
+    hours = sum(run.steps / speed(run) for run in runs) / 3600
+    on_a_gpu = "smoke" not in file.stem
+    assert grid["cost"]["gpu_hours"] == pytest.approx(hours * on_a_gpu, rel=0.01, abs=0.05)
+
+
+def speed(run) -> float:
+    """Steps a second on one H100, as the grids' `basis` has them."""
+    measured = {"lora": 13.3, "drlora": 8.4, "adalora": 5.6, "full": 19.3}
+    like = {"h-adapter": "lora", "p-adapter": "lora", "bitfit": "full"}
+    method, task = run.task.parameters["method"], run.task.parameters["task"]
+    slower = 3 if task.startswith("squad") else 6 if task == "xsum" else 1
+    return measured[like.get(method, method)] / slower
+
+
+COUNTS = {
+    "figure_2": 4 * 3,
+    "smoke_cola": 2 * 2,
+    "table_2": 12 * 8 * 5,
+    "table_2_rates": 7 * 8 * 6 * 2,
+    "table_3": 12 * 2 * 5,
+    "table_3_rates": 7 * 2 * 6 * 2,
+    "table_4": 7 * 5,
+    "table_4_rates": 4 * 6 * 2,
+    "table_5": 9 * 5,
+    "table_6": 5 * 3 * 5,
+    "table_9": 7 * 3,
+}
+
+
+def test_the_shipped_grids_are_of_the_size_of_their_tables():
+    assert {file.stem: len(expand(read_grid(file))) for file in SHIPPED} == COUNTS
+
+
+@pytest.mark.parametrize("table", ["table_2", "table_3", "table_4"])
+def test_the_rates_are_chosen_on_other_seeds_and_for_every_cell_of_the_table(table):
+    final, tried = ([given for _, given in expand(read_grid(ROOT / f"notebooks/grids/{name}.yaml"))]
+                    for name in (table, f"{table}_rates"))  # fmt: skip
+    assert not {run["seed"] for run in final} & {run["seed"] for run in tried}
+    cells = [{(run["task"], run["method"]) for run in runs} for runs in (final, tried)]
+    assert cells[0] == cells[1]
