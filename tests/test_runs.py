@@ -61,7 +61,7 @@ def test_the_notebook_and_the_command_are_one_run(name, tmp_path):
     assert {"curves.png", "rank_map.png"} <= {p.name for p in (tmp_path / "notebook").iterdir()}
 
 
-# The notebook that each file of settings is for; without one it is for 09 (tests/test_real_run.py).
+# The notebook that each file of settings is for; the others are 09's (tests/test_real_run.py).
 REAL = {"cola_roberta": "10_roberta_glue", "squad_roberta": "11_squad", "xsum_bart": "12_xsum"}
 
 
@@ -90,3 +90,8 @@ def test_a_run_that_cannot_be_ends_in_one_line(tmp_path, capsys):
     error = capsys.readouterr().err.strip()
     assert "epoch" in error and "epochs" in error and "\n" not in error
     assert not (tmp_path / "run").exists()
+
+
+def test_every_file_of_settings_is_for_a_notebook():
+    known = {*REAL, "laptop", "glue_laptop"}
+    assert {path.stem for path in SETTINGS.glob("*.yaml")} == known
