@@ -61,6 +61,16 @@ def test_what_is_done_is_skipped_and_only_the_failed_one_runs_again(monkeypatch,
     assert "0 done, 3 skipped" in capsys.readouterr().out
 
 
+def test_a_grid_of_which_nothing_is_left_to_do_starts_nothing(monkeypatch, capsys):
+    file = write_grid(vary={"seed": [0]})
+    with monkeypatch.context() as pretended:
+        pretend(pretended)
+        run_grid(file)
+    before = files()
+    assert run_grid(file) == 0 and files() == before
+    assert "0 done, 1 skipped" in capsys.readouterr().out
+
+
 def test_a_grid_that_grew_skips_what_it_did_when_it_was_smaller(monkeypatch):
     pretend(monkeypatch)
     assert run_grid(write_grid(parameters={"data_dir": "generated", "seed": 0})) == 0
@@ -229,20 +239,14 @@ def gone(pid: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("kind", ["SIGKILL", "SIGINT"])
-def test_a_grid_that_was_ended_leaves_no_process_and_then_runs_only_what_is_missing(kind, capsys):
+def test_a_grid_that_was_killed_leaves_no_process_and_then_runs_only_what_is_missing(capsys):
     file = write_grid(vary={"seed": [50, 1, 13]})
     process = start_grid("--workers", "2")
-    # seed 50 waits; behind it seed 1 ends, and seed 13 fails
-    wait_for(
-        lambda: kernels() and len(list(Path("runs/grid").glob("seed13-*/fake.ipynb"))), process
-    )
-    os.killpg(process.pid, signal.SIGINT) if kind == "SIGINT" else process.kill()
-    out, _ = process.communicate(timeout=60)
+    # seed 50 waits; beside it seed 1 ends, and seed 13 follows
+    wait_for(lambda: kernels() and list(Path("runs/grid").glob("seed13-*/fake.ipynb")), process)
+    process.kill()
+    process.communicate(timeout=60)
     wait_for(lambda: all(map(gone, kernels())), seconds=30)
-    if kind == "SIGINT":
-        assert process.returncode == 130 and "Traceback" not in out
-        assert "interrupted: what has ended is kept" in out
     done = files(next(Path("runs/grid").glob("seed1-*")))
 
     assert main(["grid", file, "--workers", "2"]) == 1
@@ -256,6 +260,19 @@ def test_a_grid_that_was_ended_leaves_no_process_and_then_runs_only_what_is_miss
     threads = max(1, jobs.torch.get_num_threads() // 2)
     assert read_record(fifty)["environment"]["OMP_NUM_THREADS"] == str(threads)
     assert files(next(Path("runs/grid").glob("seed1-*"))) == done
+
+
+def test_ctrl_c_ends_the_jobs_and_leaves_the_rest_to_do(capsys):
+    file = write_grid(vary={"seed": [50, 51]})
+    process = start_grid()
+    wait_for(kernels, process)
+    os.killpg(process.pid, signal.SIGINT)  # as the terminal does it: to every process of the group
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in out
+    assert "interrupted: what has ended is kept, and the same command goes on from here" in out
+    wait_for(lambda: all(map(gone, kernels())), seconds=30)
+    assert main(["grid", file, "--dry-run"]) == 0
+    assert "seed50: to do\nseed51: to do\n" in capsys.readouterr().out
 
 
 def test_a_preempted_job_is_queued_again_and_goes_on():

@@ -110,6 +110,8 @@ def _work(runs: list[Run], start: Callable, stale: bool) -> int:
 
 def _do(to_do: list[Run], start: Callable, stale: bool, code: str) -> Iterator[str]:
     """Start these runs; as each ends, print a line and yield what went wrong, "" if nothing did."""
+    if not to_do:
+        return
     given = {"overwrite": True} if stale else {}
     tasks = [run.task._replace(parameters=run.task.parameters | given) for run in to_do]
     began, steps, total = time.perf_counter(), 0, sum(run.steps for run in to_do)

@@ -24,7 +24,7 @@ import submitit
 import torch
 from papermill.exceptions import PapermillExecutionError
 
-from drlora_ref.experiments.notebooks import check_known, run_notebook
+from drlora_ref.experiments.notebooks import run_notebook
 
 # What a grid file may ask of Slurm, and submitit's names for it.
 SLURM = {
@@ -154,7 +154,6 @@ def slurm_executor(logs: Path, workers: int, wishes: dict) -> submitit.AutoExecu
     Raises, before any work: ValueError (a wish that cannot be), FileNotFoundError (no Slurm here),
     BlockingIOError (jobs of an earlier call, which outlive the terminal they came from).
     """
-    check_known("slurm has no", wishes, SLURM)
     if missing := [name for name in ("sbatch", "srun", "squeue") if not shutil.which(name)]:
         raise FileNotFoundError(
             f"there is no Slurm here ({', '.join(missing)} not found): use --cluster local"

@@ -7,8 +7,8 @@
     best_of: {folder: runs/rates, parameter: learning_rate}      # the best value in those runs
 
 `table_8: small` (or large) stands for what paper.settings has for the task and method at that
-budget; what is written beside it goes before. `cost` says what to expect, `slurm` what to ask of a
-cluster.
+budget; what is written beside it takes precedence. `cost` says what to expect, `slurm` what to ask
+of a cluster.
 """
 
 import itertools
@@ -33,7 +33,10 @@ KINDS = {
     "cost": dict,
     "slurm": dict,
 }
-KEYS = {"best_of": ["folder", "parameter"], "cost": ["optimizer_steps", "gpu_hours", "basis"]}
+KEYS = {
+    "best_of": {"folder": str, "parameter": str},
+    "cost": {"optimizer_steps": int, "gpu_hours": int | float, "basis": str},
+}
 BY_GRID = ("output_dir", "overwrite")  # parameters that the grid itself sets
 
 
@@ -64,27 +67,33 @@ def read_grid(file: str | Path) -> dict:
     for name, value in grid.items():
         if not isinstance(value, KINDS[name]):
             raise ValueError(f"{file}: {name} = {value!r} must be a {KINDS[name].__name__}")
-        if name in KEYS and sorted(value) != sorted(KEYS[name]):
-            raise ValueError(f"{file}: {name} has {sorted(value)}, needs {KEYS[name]}")
+        for key, kind in KEYS.get(name, {}).items():
+            if not isinstance(value.get(key), kind) or len(value) != len(KEYS[name]):
+                raise ValueError(f"{file}: {name} needs {', '.join(KEYS[name])}, not {value}")
+    check_known(f"{file}: slurm has no", grid.get("slurm", {}), jobs.SLURM)
     _check_sets(file, grid)
     return grid | {"notebook": Path(os.path.relpath(Path(file).parent / grid["notebook"]))}
 
 
 def _check_sets(file, grid: dict) -> None:
-    lists = {"cases": grid.get("cases", [{}]), **grid.get("vary", {})}
-    for name, values in lists.items():
+    same, cases, vary = grid.get("parameters", {}), grid.get("cases", [{}]), grid.get("vary", {})
+    for name, values in [("cases", cases), *vary.items()]:
         if not isinstance(values, list) or not values:
             raise ValueError(f"{file}: {name} = {values!r} must be a list, and not an empty one")
-    if wrong := [case for case in lists["cases"] if not isinstance(case, dict)]:
-        raise ValueError(f"{file}: the case {wrong[0]!r} must be names with values")
-    in_cases = {name for case in lists["cases"] for name in case}
+    for case in cases:
+        if not isinstance(case, dict):
+            raise ValueError(f"{file}: the case {case!r} must be names with values")
+    in_cases = {name for case in cases for name in case}
     best = [grid["best_of"]["parameter"]] if "best_of" in grid else []
-    names = [*grid.get("parameters", {}), *in_cases, *grid.get("vary", {}), *best]
+    names = [*same, *in_cases, *vary, *best]
     if twice := [name for name, times in Counter(names).items() if times > 1]:
         raise ValueError(f"{file} sets {', '.join(twice)} in two places")
     known = {"table_8", *(field.name for field in fields(Settings))} - set(BY_GRID)
     check_known(f"{file}: a run has no", names, known)
-    check_known(f"{file}: slurm has no", grid.get("slurm", {}), jobs.SLURM)
+    given = [value for one in (same, *cases) for value in one.values()]
+    for value in itertools.chain(given, *vary.values()):
+        if not isinstance(value, str | int | float):
+            raise ValueError(f"{file}: {value!r} must be a word, a number, true or false")
 
 
 def expand(grid: dict) -> list[tuple[str, dict]]:
