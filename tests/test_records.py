@@ -126,7 +126,16 @@ def test_environment_names_versions_and_device_but_neither_path_nor_machine():
     assert found["drlora_ref"] == drlora_ref.__version__
     assert found["torch"] == torch.__version__
     assert found["threads"] == torch.get_num_threads()
-    keys = {"python", "drlora_ref", "torch", "transformers", "peft", "datasets", "device"}
+    keys = {
+        "python",
+        "drlora_ref",
+        "torch",
+        "transformers",
+        "peft",
+        "datasets",
+        "accelerate",
+        "device",
+    }
     assert set(found) == keys | {"threads"}
     assert not any(str(value).startswith(("/", "C:\\")) for value in found.values())
 

@@ -1,5 +1,6 @@
 """A run's record: one JSON file, written whole or not at all."""
 
+import importlib.metadata
 import json
 import math
 import os
@@ -9,10 +10,7 @@ import uuid
 from contextlib import contextmanager
 from pathlib import Path
 
-import datasets
-import peft
 import torch
-import transformers
 
 import drlora_ref
 
@@ -114,7 +112,9 @@ def environment(device: str = "") -> dict[str, str | int]:
     elif Path("/proc/cpuinfo").exists():  # Linux knows the model's name, platform does not
         named = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
         name = named[1] if named else name
-    libraries = (drlora_ref, torch, transformers, peft, datasets)
-    versions = {library.__name__: str(library.__version__) for library in libraries}
+    # By name: to import them all takes seconds, and who writes a record has what it needs.
+    libraries = ("torch", "transformers", "peft", "datasets", "accelerate")
+    versions = {name: importlib.metadata.version(name) for name in libraries}
+    versions["drlora_ref"] = drlora_ref.__version__  # which may run from a folder, not installed
     python, threads = platform.python_version(), torch.get_num_threads()
     return {"python": python, **versions, "device": name, "threads": threads}
