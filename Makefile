@@ -17,6 +17,8 @@ run: $(READY)
 
 # Unit tests, doctests and notebooks by papermill; then the equation notebooks compared output by
 # output (strict), and those that train run through (lax).
+# One thread: for models as small as the tests', a second one makes the first one wait.
+test: export OMP_NUM_THREADS = 1
 test: $(READY)
 	$(BIN)/python -m pytest -q
 	$(BIN)/python -m pytest -q --nbval-lax --nbval-current-env notebooks/08_*.ipynb notebooks/13_*.ipynb

@@ -99,9 +99,11 @@ def plot_rank_heatmap(
     for module, rank in rank_pattern.items():
         index = re.search(r"\.(\d+)\.", module)
         side = "d" if "decoder" in module else ""  # BART has two stacks of layers
-        cells[matrix_name(module), side + (index.group(1) if index else "0")] = rank
-    rows = list(dict.fromkeys(matrix for matrix, _ in cells))
-    columns = list(dict.fromkeys(layer for _, layer in cells))
+        cells[matrix_name(module), (side, int(index[1]) if index else 0)] = rank
+    # In the paper's order, whatever order the pattern is in: a record sorts its names.
+    order = [*MATRICES.values(), *dict.fromkeys(matrix for matrix, _ in cells)]
+    rows = sorted({matrix for matrix, _ in cells}, key=order.index)
+    columns = sorted({layer for _, layer in cells})
     table = [[cells.get((row, column), float("nan")) for column in columns] for row in rows]
     axes = _axes(axes, figsize=(1.8 + 0.42 * len(columns), 1 + 0.36 * len(rows)))
     image = axes.imshow(table, cmap="viridis", vmin=0, aspect="auto")
@@ -109,7 +111,7 @@ def plot_rank_heatmap(
         for x, rank in enumerate(row):
             bright = rank > 0.6 * max(max(cells.values()), 1)
             axes.text(x, y, f"{rank:g}", ha="center", va="center", color="k" if bright else "w")
-    axes.set_xticks(range(len(columns)), columns)
+    axes.set_xticks(range(len(columns)), [f"{side}{layer}" for side, layer in columns])
     axes.set_yticks(range(len(rows)), rows)
     axes.set(xlabel="layer", title=title)
     axes.figure.colorbar(image, ax=axes, label="rank")

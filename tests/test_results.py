@@ -389,3 +389,29 @@ def test_figure_2_has_one_map_for_each_budget():
     assert [ax.get_title() for ax in figure.axes if ax.images] == [
         "b(T) = 2", "b(T) = 4", "b(T) = 8"
     ]  # fmt: skip
+
+
+def test_a_rank_map_is_in_the_papers_order_whatever_the_records():
+    names = ("attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense")
+    pattern = {f"encoder.layer.{i}.{name}": i for i in range(12) for name in names}
+    in_a_record = dict(sorted(pattern.items()))
+    assert list(in_a_record) != list(pattern)
+    axes = plotting.plot_rank_heatmap(in_a_record)
+    assert [label.get_text() for label in axes.get_xticklabels()] == [str(i) for i in range(12)]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["Wq", "Wo", "Wf1", "Wf2"]
+    assert axes.images[0].get_array()[0].tolist() == list(range(12))
+
+
+def test_barts_decoder_stands_right_of_its_encoder():
+    pattern = {
+        f"model.{stack}.layers.{i}.fc1": i for stack in ("decoder", "encoder") for i in range(2)
+    }
+    axes = plotting.plot_rank_heatmap(pattern)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "d0", "d1"]
+
+
+def test_no_run_makes_an_empty_summary_and_a_table_of_what_was_not_run(frame):
+    nothing = frame(record("lora"), record("drlora"))[lambda f: f.method == "bitfit"]
+    summary = summarise(nothing, by=("task", "method", "budget", "init_r"))
+    assert len(summary) == len(average(nothing)) == 0
+    assert beside_paper(summary, 6)["n"].isna().all()

@@ -98,7 +98,12 @@ def test_model_that_points_to_the_gold_span_scores_one(task, lengths, tokenizer)
     data = load_task(task, "generated")
     inputs = prepare(data, tokenizer, **lengths, eval_batch_size=7)
     model = oracle(data.validation["validation"], tokenizer, **lengths)
-    assert inputs.evaluate(model) == {"metric": 1.0, "exact_match": 1.0, "collapsed": False}
+    assert inputs.evaluate(model) == {
+        "metric": 1.0,
+        "f1": 1.0,
+        "exact_match": 1.0,
+        "collapsed": False,
+    }
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -341,7 +346,7 @@ def test_scores_are_the_mean_over_all_questions_as_plain_floats_without_a_warnin
 def test_no_answer_to_any_question_is_collapsed(tokenizer):
     inputs = prepare(load_task("squad_v2", "generated"), tokenizer, **SHORT)
     found = inputs.evaluate(Pointer(lambda ids: (0, 0)))
-    assert found == {"metric": 0.5, "exact_match": 0.5, "collapsed": True}
+    assert found == {"metric": 0.5, "f1": 0.5, "exact_match": 0.5, "collapsed": True}
 
 
 def test_same_text_for_every_question_is_collapsed(tokenizer):
@@ -349,7 +354,7 @@ def test_same_text_for_every_question_is_collapsed(tokenizer):
     rows = questions(*[(fact, "Who left ?", ["Anna"]) for fact in facts])
     data = squad.TaskData("squad_v1", rows, {"validation": rows}, "", "")
     found = prepare(data, tokenizer, **SHORT).evaluate(oracle(rows, tokenizer, **SHORT))
-    assert found == {"metric": 1.0, "exact_match": 1.0, "collapsed": True}
+    assert found == {"metric": 1.0, "f1": 1.0, "exact_match": 1.0, "collapsed": True}
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
@@ -363,7 +368,7 @@ def test_one_logit_that_is_not_finite_is_collapsed_with_metric_zero(broken, toke
 
     model.register_forward_hook(spoil)
     found = prepare(data, tokenizer, **SHORT, eval_batch_size=8).evaluate(model)
-    assert found == {"metric": 0.0, "exact_match": 0.0, "collapsed": True}
+    assert found == {"metric": 0.0, "f1": 0.0, "exact_match": 0.0, "collapsed": True}
 
 
 def test_evaluation_leaves_modes_and_random_numbers_as_they_were(tokenizer):

@@ -118,3 +118,12 @@ def environment(device: str = "") -> dict[str, str | int]:
     versions["drlora_ref"] = drlora_ref.__version__  # which may run from a folder, not installed
     python, threads = platform.python_version(), torch.get_num_threads()
     return {"python": python, **versions, "device": name, "threads": threads}
+
+
+def without_place(source: str) -> str:
+    """A source of data or of a model, with an absolute path cut to its last name.
+
+    >>> without_place("GLUE folder /home/somebody/glue (4 incomplete rows dropped)")
+    'GLUE folder glue (4 incomplete rows dropped)'
+    """
+    return re.sub(r"(?<!\S)/\S*/(?=\S)", "", source)

@@ -116,8 +116,8 @@ def summarise(
     The interval is Student's t over seeds: of the mean over seeds, on this one set of examples.
     `collapsed` and `diverged` count runs of that status; they are in the mean.
     Raises ValueError for a column that is missing, a run without a value (nothing is dropped), two
-    runs of one seed in one cell, and runs of one cell that differ in more than the seed. Of no
-    runs it makes an empty table.
+    runs of one seed in one cell, and runs of one cell that differ in more than the seed. No
+    runs make an empty table.
     """
     by = [by] if isinstance(by, str) else list(by)
     _check(frame, by, value)

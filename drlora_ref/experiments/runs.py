@@ -182,11 +182,14 @@ def write(job: Job, result: dict) -> dict:
         "seed": job.settings.seed,
         "total_steps": job.schedule.total_steps,
         "data": {
-            "source": job.data.source,
+            "source": records.without_place(job.data.source),
             "fingerprint": job.data.fingerprint,
             "train": len(job.data.train),
         },
-        "model": {"source": job.source.source, "sha256": job.source.sha256},
+        "model": {
+            "source": records.without_place(job.source.source),
+            "sha256": job.source.sha256,
+        },
         "environment": {
             **records.environment(job.accelerator.device.type),
             "processes": job.accelerator.num_processes,

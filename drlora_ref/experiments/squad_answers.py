@@ -26,17 +26,18 @@ class Spans(NamedTuple):
 def evaluate(
     model, windows: Windows, questions: Dataset, unanswerable: bool, collate, batch_size: int = 64
 ) -> dict:
-    """F1 ("metric") and "exact_match" of the model's answers, and whether they are `collapsed`.
+    """F1 (which is the "metric") and exact match of the model's answers; whether they `collapsed`.
 
     Collapsed: the same text for every question (none at all counts as a text), or a logit that is
     not finite. The model is left in the mode it was in, and no random number is drawn.
     """
     spans = predict_spans(model, windows, collate, batch_size)
     if not np.isfinite(spans.no_answer).all():
-        return {"metric": 0.0, "exact_match": 0.0, "collapsed": True}
+        return {"metric": 0.0, "f1": 0.0, "exact_match": 0.0, "collapsed": True}
     answers = choose_answers(spans, windows, questions["context"][:], unanswerable)
     exact_match, f1 = score_answers(answers, [gold["text"] for gold in questions["answers"][:]])
-    return {"metric": f1, "exact_match": exact_match, "collapsed": len(set(answers)) == 1}
+    scores = {"metric": f1, "f1": f1, "exact_match": exact_match}
+    return scores | {"collapsed": len(set(answers)) == 1}
 
 
 def predict_spans(model, windows: Windows, collate, batch_size: int) -> Spans:
