@@ -34,7 +34,8 @@ def default_target_modules(model: nn.Module, cross_attention: bool = False) -> l
     """The six matrices of each layer, for RoBERTa, BERT, MPNet and BART.
 
     Choice: BART without the decoder's cross-attention, since Table 4's 0.33M and 1.33M are exactly
-    the count without it; `cross_attention=True` includes it, as the authors' code does.
+    the count without it (weak evidence: the whole column equals Table 2's, which is RoBERTa's);
+    `cross_attention=True` includes it, as the authors' code does.
     Raises ValueError for any other kind of model: name its target_modules yourself.
     """
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)

@@ -7,6 +7,7 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     RobertaConfig,
+    RobertaForQuestionAnswering,
     RobertaForSequenceClassification,
     RobertaModel,
 )
@@ -157,6 +158,13 @@ def test_what_the_text_says_of_table_2_is_right():
     cola = figures(2, task="cola").droplevel("task")
     gains = [cola["drlora", b] - cola[:, b].drop("drlora").max() for b in ("large", "small")]
     assert [round(gain, 2) for gain in gains] == [1.48, 1.73]
+
+
+def test_table_3s_full_count_is_not_that_of_a_model_with_a_span_head():
+    with torch.device("meta"):
+        span = RobertaForQuestionAnswering(RobertaConfig(**ROBERTA))
+    assert in_millions(span.num_parameters()) == 124.06
+    assert paper.table(3).trainable_parameters.max() == 124_650_000
 
 
 def test_table_4s_full_count_is_robertas_not_barts():

@@ -62,7 +62,8 @@ def best_spans(
     """(score, first token, last token) of the best span of each window: start + end logit.
 
     A span lies in the context, does not end before it starts, and is at most 30 tokens long. The
-    `n_best` starts are tried with the `n_best` ends, all pairs in one addition.
+    `n_best` starts are tried with the `n_best` ends, all pairs in one addition: a short cut, which
+    misses a best span whose start or end is not among them.
 
     Shapes: three times (windows, tokens) -> three times (windows,). The score is -inf, and the
     tokens mean nothing, where no pair is such a span.

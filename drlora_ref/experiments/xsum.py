@@ -40,7 +40,7 @@ def metric_name(task: str) -> str:
     """The main one of the three ROUGE scores.
 
     Choice: ROUGE-L, which also sees the order of words. The paper reports all three and does not
-    say by which one it picked a run; in its Table 4 they rank the methods alike.
+    say by which one it picked a run; within a budget of its Table 4 they rank the methods alike.
 
     >>> metric_name("xsum")
     'rougeL'
@@ -198,7 +198,7 @@ def encode(dataset: Dataset, tokenizer, max_length: int, summary_length: int) ->
 
 
 def beam_search(num_beams: int, summary_length: int) -> GenerationConfig:
-    """How summaries are written: every setting is here, none is left to the model's own files.
+    """How summaries are written; only the ids of special tokens are left to the model's own files.
 
     Choice: beam 3 and 64 tokens are the paper's; it is silent on the rest. As in BART's own
     configuration no trigram comes twice and the search ends once `num_beams` summaries have ended.
