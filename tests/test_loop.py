@@ -271,6 +271,31 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path, change, mess
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
+def test_a_checkpoint_of_other_code_is_refused(tmp_path, monkeypatch):
+    cut = cut_run(tmp_path)
+    monkeypatch.setattr(runs, "code_hash", lambda: "changed")
+    with pytest.raises(ValueError, match=r"of another run \(code: '\w{12}'; now code: 'changed'\)"):
+        runs.run(cut)
+
+
+def test_no_checkpoint_is_written_once_a_loss_is_not_finite(tmp_path, monkeypatch):
+    def save(self, state):
+        saved.append(state)
+
+    saved = []
+    monkeypatch.setattr(Checkpoint, "save", save)
+    record = runs.run(tiny(tmp_path, learning_rate=1e30, checkpoint_every=1))
+    assert record["status"] == "diverged" and len(saved) == record["flagged_at"] - 1
+
+
+def test_a_run_that_another_process_finished_meanwhile_is_not_run_again(tmp_path):
+    job = runs.set_up(tiny(tmp_path))
+    (tmp_path / "record.json").write_text('{"precious": 1}')
+    with pytest.raises(FileExistsError, match="holds a record already"):
+        runs.train(job)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
 def test_a_moved_run_goes_on_in_its_new_folder(tmp_path, whole_run):
     cut_run(tmp_path / "here")
     (tmp_path / "here").rename(tmp_path / "there")

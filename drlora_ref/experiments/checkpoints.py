@@ -13,8 +13,8 @@ from drlora_ref.experiments.records import UNFINISHED, whole_file
 class Checkpoint:
     """The file checkpoint.pt in a run's folder.
 
-    `configuration` is what the run was started with (parameters, hashes of data and model,
-    number of processes): a checkpoint of another one is refused, not adapted.
+    `configuration` is what the run was started with (parameters; hashes of data, model and code;
+    device and processes): a checkpoint of another one is refused, not adapted.
     """
 
     def __init__(self, folder: str | Path, configuration: dict[str, Any]):
@@ -70,13 +70,13 @@ class Checkpoint:
 
 
 def random_state() -> dict[str, Any]:
-    """The states of all global random generators, as torch.load(weights_only=True) reads them."""
+    """The states of this process's generators, as torch.load(weights_only=True) reads them."""
     name, keys, *rest = np.random.get_state()  # noqa: NPY002 (libraries draw from it)
     return {
         "python": random.getstate(),
         "numpy": (name, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
@@ -88,5 +88,5 @@ def set_random_state(state: dict[str, Any]) -> None:
     keys = np.array(keys, dtype=np.uint32)
     np.random.set_state((name, keys, *rest))  # noqa: NPY002
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])

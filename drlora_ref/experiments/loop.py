@@ -13,7 +13,7 @@ from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator, skip_first_batches
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -80,6 +80,8 @@ class Loop:
 
     def run(self) -> dict:
         """Train to the end; returns what train.train returns, and the evaluation before it."""
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         self._resume()
         if not self.before:
             self.before = self._evaluate()
@@ -89,20 +91,20 @@ class Loop:
         )
         self.model.train()
         bar = tqdm(total=T, initial=self.step, disable=None, desc="steps")
-        flagged_at, groups = None, self._groups()
+        flagged_at, groups, every = None, self._groups(), self.settings.checkpoint_every
         while self.step < T and flagged_at is None:
             self.step += 1
             self.unread.append(self._optimizer_step(next(groups)))
             evaluation_due = self.step % steps_per_epoch == 0 or self.step == T
-            if evaluation_due or self.step % CHECK_EVERY == 0 or self.schedule.prunes_at(self.step):
+            save_due = evaluation_due or (every and self.step % every == 0)
+            if save_due or self.step % CHECK_EVERY == 0 or self.schedule.prunes_at(self.step):
                 flagged_at = self._read_health()
             if flagged_at is None:
                 self._after()
                 if evaluation_due:
                     self._note_evaluation()
                 self.seconds = time.perf_counter() - started
-                every = self.settings.checkpoint_every
-                if evaluation_due or (every and self.step % every == 0):
+                if save_due:
                     self._save()
             self.optimizer.zero_grad()
             bar.update()
@@ -194,9 +196,7 @@ class Loop:
                     "optimizer": self.optimizer.state_dict(),
                     "lr_schedule": self.lr_schedule.state_dict(),
                     "allocator": allocator.state_dict() if allocator else None,
-                    "health": self.health + torch.stack(self.unread).tolist()
-                    if self.unread
-                    else self.health,
+                    "health": self.health,
                     "seen": (self.before, self.evaluations, self.kept),
                     "seconds": (self.seconds, self.evaluation_seconds),
                 }
@@ -207,6 +207,8 @@ class Loop:
     def _resume(self) -> None:
         state = self.checkpoint.load()
         if state is None:
+            if rank := self.accelerator.process_index:  # else all would drop the same places
+                set_seed(self.settings.seed + rank)
             return
         self.step, self.epoch, self.step_in_epoch = state["position"]
         self.order_at_epoch_start = state["order"]

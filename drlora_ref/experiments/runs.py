@@ -119,7 +119,11 @@ def make_accelerator(precision: str = "auto") -> Accelerator:
         precision = "bf16" if torch.cuda.is_available() else "fp32"
     # While the main process evaluates, the others wait: longer than the usual ten minutes.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
-    return Accelerator(mixed_precision=PRECISIONS[precision], kwargs_handlers=[patience])
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),  # of other accelerators nothing has been tried
+        mixed_precision=PRECISIONS[precision],
+        kwargs_handlers=[patience],
+    )
 
 
 def train(job: Job) -> dict:
@@ -129,6 +133,8 @@ def train(job: Job) -> dict:
     be written, BlockingIOError if another process is at work in the folder.
     """
     with claim(job.folder, job.accelerator.is_main_process):
+        if job.accelerator.is_main_process:  # another process may have finished it since set_up
+            records.check_output_dir(job.folder, job.settings.overwrite)
         loop = Loop(
             job.prepared,
             job.inputs,
@@ -147,6 +153,9 @@ def _checkpoint(job: Job) -> Checkpoint:
             **{k: v for k, v in asdict(job.settings).items() if k not in NOT_IN_KEY},
             "data": job.data.fingerprint,
             "model": job.source.sha256,
+            "code": code_hash(),  # or the record would claim the code of the last few steps for all
+            "device": job.accelerator.device.type,
+            "mixed_precision": job.accelerator.mixed_precision,
             "processes": job.accelerator.num_processes,
         },
     )

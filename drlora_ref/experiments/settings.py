@@ -16,7 +16,8 @@ PRECISIONS = {"fp32": "no", "bf16": "bf16"}  # our words, and accelerate's
 class Settings:
     """All parameters of a run: what its record holds, and what notebooks and grids may set.
 
-    The defaults are the paper's for CoLA (Table 8, Appendix E). Raises ValueError for a value of
+    Where Table 8 and Appendix E give a value for CoLA, it is the default; the rest is the authors'
+    code's (lora_alpha, lora_dropout) or ours. Raises ValueError for a value of
     the wrong kind or out of range, naming the parameter.
     """
 
