@@ -27,7 +27,7 @@ def write(folder: Path, method: str, seed: int, score: float, **given) -> None:
         "evaluation_seconds": 10.0, "parameters": parameters | given,
         "rank_pattern": {f"layer.{i}.{m}": (i + seed) % 4 for i in range(3) for m in MATRICES},
     }  # fmt: skip
-    place = folder / f"{task}-{method}-{seed}-{given.get('target_r', 2)}"
+    place = folder / f"{task}-{method}-{seed}-{given.get('target_r', 2)}-{given.get('dem_weight')}"
     place.mkdir(parents=True)
     (place / "record.json").write_text(json.dumps(record))
 
@@ -38,12 +38,15 @@ def tables(tmp_path_factory):
     root = tmp_path_factory.mktemp("tables")
     for seed, (dynamic, plain) in enumerate([(0.62, 0.60), (0.64, 0.61), (0.0, 0.59)]):
         status = "collapsed" if dynamic == 0 else "completed"
-        write(root / "results", "drlora", seed, dynamic, status=status)
-        write(root / "results", "lora", seed, plain)
-    write(root / "results", "drlora", 0, 0.92, task="squad_v1", metric_name="f1",
+        write(root / "results" / "table_2", "drlora", seed, dynamic, status=status)
+        write(root / "results" / "table_2", "lora", seed, plain)
+        for dem_weight, score in ((0.0, 0.5), (0.15, 0.6), (0.3, 0.7)):
+            write(root / "results" / "table_5", "drlora", seed, score, dem_weight=dem_weight,
+                  init_r=12, target_r=8)  # fmt: skip
+    write(root / "results" / "table_3", "drlora", 0, 0.92, task="squad_v1", metric_name="f1",
           extras={"exact_match": 0.86, "f1": 0.92})  # fmt: skip
     for target_r in (2, 4):
-        write(root / "results", "drlora", 0, 0.95, task="sst2", metric_name="accuracy",
+        write(root / "results" / "figure_2", "drlora", 0, 0.95, task="sst2", metric_name="accuracy",
               target_r=target_r, init_r=target_r * 3 // 2)  # fmt: skip
     executed = run_notebook(NOTEBOOK, root / "out", {"results_dir": str(root / "results")})
     cells = nbformat.read(executed, 4).cells
@@ -85,3 +88,16 @@ def test_figure_2_is_drawn_from_the_records_of_its_budgets(tables):
     folder, text = tables
     assert "Figure 2: not run" not in text
     assert (folder / "rank_maps.png").stat().st_size > 10_000
+
+
+def test_table_5_tells_the_authors_weight_from_the_printed_one(tables):
+    folder, text = tables
+    with_dem, without = (cell(folder, 5, task="cola", dem=dem) for dem in (True, False))
+    assert (with_dem["mean"], without["mean"]) == pytest.approx((0.6, 0.5))
+    assert with_dem.n == without.n == 3
+    assert "70.0 ± 0.0 (3 seeds)" in text[text.index("twice as much") :]
+
+
+def test_runs_of_another_grid_do_not_get_into_a_table(tables):
+    assert pd.isna(cell(tables[0], 2, method="drlora", budget="large", task="cola")["mean"])
+    assert pd.isna(cell(tables[0], 2, method="drlora", budget="small", task="sst2")["mean"])
