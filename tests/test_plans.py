@@ -89,6 +89,12 @@ def test_best_of_takes_the_rate_with_the_best_mean_for_each_method():
     assert [run.task.parameters["learning_rate"] for run in runs] == [2e-3, 1e-3]
 
 
+def test_best_of_without_records_says_what_to_do_first():
+    grid = write_grid(best_of={"folder": "rates", "parameter": "learning_rate"})
+    with pytest.raises(FileNotFoundError, match="no record.json in or below rates: run the grid"):
+        plan(read_grid(grid), Path("runs"))
+
+
 @pytest.mark.parametrize(
     "vary, message",
     [

@@ -160,7 +160,10 @@ def _best(grid: dict, seeds: set[int]) -> dict:
     if "best_of" not in grid:
         return {}
     folder, parameter = grid["best_of"]["folder"], grid["best_of"]["parameter"]
-    runs = results.load(folder)
+    try:
+        runs = results.load(folder)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"best_of: {error}: run the grid that fills it first") from None
     if both := sorted(seeds & set(runs.seed)):
         raise ValueError(
             f"best_of: {folder} has runs with the seeds {both} too: what is chosen on a seed must "
