@@ -91,7 +91,7 @@ def test_best_of_takes_the_rate_with_the_best_mean_for_each_method():
 
 def test_best_of_without_records_says_what_to_do_first():
     grid = write_grid(best_of={"folder": "rates", "parameter": "learning_rate"})
-    with pytest.raises(FileNotFoundError, match="no record.json in or below rates: run the grid"):
+    with pytest.raises(FileNotFoundError, match=r"below rates: run the grid that fills it"):
         plan(read_grid(grid), Path("runs"))
 
 
