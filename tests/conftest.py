@@ -1,6 +1,9 @@
 """What several test files share: random adapters away from zero, and a tiny encoder."""
 
+import builtins
 import re
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from transformers import (
 
 from drlora_ref import DynamicLoRALinear
 from drlora_ref.experiments.grammar import grammar_sentences
+from drlora_ref.experiments.records import UNFINISHED
 
 
 @pytest.fixture(autouse=True)
@@ -73,3 +77,23 @@ def tiny_encoder(tmp_path_factory):
         folder
     )
     return folder
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """A context in which no file that is still being written gets its bytes onto the disk."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full to stand for a full disk")
+    really_open = builtins.open
+
+    def full(path, mode="r", *rest, **named):
+        name = "/dev/full" if UNFINISHED in str(path) else path
+        return really_open(name, mode.replace("x", "w"), *rest, **named)
+
+    @contextmanager
+    def filled():
+        with monkeypatch.context() as patch:
+            patch.setattr(builtins, "open", full)
+            yield
+
+    return filled

@@ -338,25 +338,14 @@ def test_a_checkpoint_never_runs_code_when_it_is_read(tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to stand for a full disk")
 @pytest.mark.parametrize("earlier", [True, False])
-def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, monkeypatch, earlier):
-    import builtins
-
+def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, full_disk, earlier):
     checkpoint = Checkpoint(tmp_path, {})
     if earlier:
         checkpoint.save({"step": 5})
-    really_open = builtins.open
-
-    def full(path, mode="r", *rest, **named):
-        name = "/dev/full" if ".unfinished" in str(path) else path
-        return really_open(name, mode.replace("x", "w"), *rest, **named)
-
-    monkeypatch.setattr(builtins, "open", full)
     left = "the one before it is whole" if earlier else "there is none before it"
-    with pytest.raises(OSError, match=rf"could not be written .*{left}: make room"):
+    with full_disk(), pytest.raises(OSError, match=rf"could not be written .*{left}: make room"):
         checkpoint.save({"step": 10, "weights": torch.ones(100_000)})
-    monkeypatch.undo()
     assert checkpoint.load() == ({"step": 5} if earlier else None)
 
 

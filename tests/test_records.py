@@ -1,11 +1,9 @@
 """A record is written whole, once, and in strict JSON."""
 
-import builtins
 import errno
 import json
 import os
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,22 +142,13 @@ def test_environment_names_the_processor_when_the_run_is_on_it():
     assert environment("cpu")["device"] not in ("", "cpu")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to stand for a full disk")
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_full_disk_leaves_the_record_before_it_and_nothing_half_written(
-    tmp_path, monkeypatch, overwrite
+    tmp_path, full_disk, overwrite
 ):
     if overwrite:
         write_record({"precious": 1}, tmp_path)
-    really_open = builtins.open
-
-    def full(path, mode="r", *rest, **named):
-        name = "/dev/full" if ".unfinished" in str(path) else path
-        return really_open(name, mode.replace("x", "w"), *rest, **named)
-
-    monkeypatch.setattr(builtins, "open", full)
-    with pytest.raises(OSError, match="No space left"):
+    with full_disk(), pytest.raises(OSError, match="No space left"):
         write_record({"new": 2}, tmp_path, overwrite=overwrite)
-    monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"] * overwrite
     assert not overwrite or read_record(tmp_path) == {"precious": 1}
