@@ -19,7 +19,6 @@ from drlora_ref.inject import (
     HEADS,
     count_parameters,
     default_target_modules,
-    in_head,
     inject_adapters,
     mark_only_adapters_trainable,
 )
@@ -96,17 +95,21 @@ def adalora(model, schedule, *, lora_alpha, lora_dropout, **_) -> Prepared:
 
 def h_adapter(model, schedule, *, bottleneck, **_) -> Prepared:
     """Houlsby's adapters (1902.00751): after self-attention and after feed-forward."""
-    return Prepared(insert_adapters(_freeze_all_but_head(model), bottleneck, after_attention=True))
+    return Prepared(
+        insert_adapters(mark_only_adapters_trainable(model), bottleneck, after_attention=True)
+    )
 
 
 def p_adapter(model, schedule, *, bottleneck, **_) -> Prepared:
     """Pfeiffer's adapters (2005.00247): after feed-forward only."""
-    return Prepared(insert_adapters(_freeze_all_but_head(model), bottleneck, after_attention=False))
+    return Prepared(
+        insert_adapters(mark_only_adapters_trainable(model), bottleneck, after_attention=False)
+    )
 
 
 def bitfit(model, schedule, **_) -> Prepared:
     """BitFit (2106.10199): every bias of the encoder, layer norms included."""
-    for name, parameter in _freeze_all_but_head(model).named_parameters():
+    for name, parameter in mark_only_adapters_trainable(model).named_parameters():
         if name.endswith("bias"):
             parameter.requires_grad_(True)
     return Prepared(model)
@@ -191,12 +194,6 @@ def count_trainable(prepared: Prepared) -> dict[str, int]:
     if isinstance(prepared.allocator, AdaLoRAAllocator):
         counts["adapter"] = prepared.allocator.count_parameters()
     return counts
-
-
-def _freeze_all_but_head(model: nn.Module) -> nn.Module:
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(in_head(name))
-    return model
 
 
 def _with_peft(model: nn.Module, config_class: type[LoraConfig], **given) -> PeftModel:
