@@ -22,7 +22,7 @@ The names below are in the paper's order; read the files in that order too.
 """
 
 # isort: skip_file
-from drlora_ref.layer import DynamicLoRALinear, dynamic_layers  # Eq. 5-6
+from drlora_ref.layer import DynamicLoRALinear, RankOneComponents, dynamic_layers  # Eq. 5-6
 from drlora_ref.importance import (  # Eq. 7-8
     SCORES,
     component_norms,
@@ -49,6 +49,7 @@ __all__ = [
     "BudgetSchedule",
     "DynamicLoRALinear",
     "RankAllocator",
+    "RankOneComponents",
     "component_norms",
     "count_parameters",
     "default_target_modules",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from drlora_ref.importance import SCORES, ema_update
-from drlora_ref.layer import dynamic_layers, stack_by_shape
+from drlora_ref.layer import RankOneComponents, dynamic_layers, stack_by_shape
 from drlora_ref.schedule import BudgetSchedule
 
 
@@ -40,6 +40,17 @@ def select_components(scores: Tensor, keep: int | Tensor) -> Tensor:
     return place < keep.unsqueeze(-1)
 
 
+def check_scoring(score: str | Callable, beta: float) -> None:
+    """Raise ValueError for a score that has no such name, or a beta outside [0, 1).
+
+    >>> check_scoring("frobenius_share", beta=0.9)
+    """
+    if isinstance(score, str) and score not in SCORES:
+        raise ValueError(f"score = {score!r}: must be one of {', '.join(SCORES)}")
+    if not 0 <= beta < 1:
+        raise ValueError(f"beta = {beta}: must be at least 0 and less than 1")
+
+
 class RankAllocator:
     """Distributes one budget of components over all layers while the model trains (Algorithm 1).
 
@@ -51,10 +62,10 @@ class RankAllocator:
     Layers of one shape are stacked, so that a base-size encoder's 72 matrices take three scoring
     calls, not 72. All scores lie in one vector, in `named_modules()` order and then by component.
 
-    Arguments: `score` is a name in SCORES or a function like importance_scores; `seed` matters to
-    "random" only, which draws from a generator of its own. Raises ValueError for a model without
-    adapted layers or with another number of components than the schedule starts from, for an
-    unknown score, and for beta outside [0, 1).
+    Arguments: `model`, or its adapted layers by name; `score` is a name in SCORES or a function
+    like importance_scores; `seed` matters to "random" only, which draws from a generator of its
+    own. Raises ValueError for a model without adapted layers or with another number of components
+    than the schedule starts from, for an unknown score, and for beta outside [0, 1).
 
     Read with care: once pruning has ended, zeros must be written again after every optimizer step.
     The gradient of a c at zero is not zero, and AdamW also remembers past gradients: either moves
@@ -72,7 +83,7 @@ class RankAllocator:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | dict[str, RankOneComponents],
         schedule: BudgetSchedule,
         beta: float = 0.9,
         score: str | Callable = "frobenius_share",
@@ -81,10 +92,7 @@ class RankAllocator:
         self.layers, self.schedule, self.beta = dynamic_layers(model), schedule, beta
         if not self.layers:
             raise ValueError("the model has no DynamicLoRALinear: call inject_adapters first")
-        if isinstance(score, str) and score not in SCORES:
-            raise ValueError(f"score = {score!r}: must be one of {', '.join(SCORES)}")
-        if not 0 <= beta < 1:
-            raise ValueError(f"beta = {beta}: must be at least 0 and less than 1")
+        check_scoring(score, beta)
         self.sizes = [layer.lora_c.numel() for layer in self.layers.values()]
         for r in self.sizes:
             if r != schedule.init_r:

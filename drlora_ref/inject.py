@@ -142,9 +142,13 @@ def merge_adapters(model: nn.Module) -> nn.Module:
 
     In evaluation mode its outputs equal the adapted model's. Read with care: only once pruning has
     ended. Before that, components outside the mask may have revived; they are left out here.
+    Raises TypeError for a model of PEFT, which has a method of its own for that.
     """
     if isinstance(model, DynamicLoRALinear):
         return model.merge()
-    for name, layer in dynamic_layers(model).items():
+    layers = dynamic_layers(model)
+    if not all(isinstance(layer, DynamicLoRALinear) for layer in layers.values()):
+        raise TypeError("merge_adapters is for inject_adapters; PEFT's model: merge_and_unload()")
+    for name, layer in layers.items():
         model.set_submodule(name, layer.merge())
     return model

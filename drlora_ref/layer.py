@@ -7,17 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class DynamicLoRALinear(nn.Module):
-    """A frozen linear layer plus r rank-1 components (Eq. 6).
+class RankOneComponents(nn.Module):
+    """r rank-1 matrices that add up to the update of one weight (Eq. 6's sum).
 
-        W = W0 + scaling · Σᵢ cᵢ bᵢaᵢᵀ          aᵢ = lora_A[i], bᵢ = lora_B[:, i], cᵢ = lora_c[i]
-          = W0 + scaling · lora_B diag(lora_c) lora_A
+        ΔW = scaling · Σᵢ cᵢ bᵢaᵢᵀ,   aᵢ = lora_A[i], bᵢ = lora_B[:, i], cᵢ = lora_c[i]
+           = scaling · lora_B diag(lora_c) lora_A
 
     LoRA (Eq. 5) is the case c = 1. The scalar c is what makes a component a unit that can be
     pruned: cᵢ = 0 removes it, and leaves aᵢ and bᵢ where they are, so that it may come back.
 
-    Shapes: x (..., d_in) -> (..., d_out); lora_A (r, d_in), lora_B (d_out, r), lora_c (r,),
-    component_mask (r,) of bool: the components that survive, as the allocator decided.
+    Shapes: x (..., d_in) -> x ΔWᵀ (..., d_out), without building ΔW; lora_A (r, d_in), lora_B
+    (d_out, r), lora_c (r,), component_mask (r,) of bool: the components that survive, as the
+    allocator decided. `dtype` and `device` are torch's.
 
     Choice: both matrices start Kaiming-uniform (a = 0) and c at zero, as in the authors' code;
     LoRA starts with lora_B = 0. So ΔW = 0, and at the first step only c receives a gradient.
@@ -25,48 +26,44 @@ class DynamicLoRALinear(nn.Module):
 
     Read with care: the forward pass multiplies by c, not by the mask. Between two pruning events
     a component that was set to zero trains on, moves away from zero and counts in the output
-    ("revival"); `rank`, `delta_weight` and `merge` go by the mask. The two views agree right after
-    an event, and always once pruning has ended.
+    ("revival"); `rank` and `delta_weight` go by the mask. The two views agree right after an
+    event, and always once pruning has ended.
 
-    Raises TypeError if base_layer is not an nn.Linear, ValueError for r < 1 or a dropout outside
-    [0, 1).
+    Raises ValueError for r < 1 or a dropout outside [0, 1).
 
-    >>> layer = DynamicLoRALinear(nn.Linear(5, 3), r=2)
-    >>> x = torch.ones(4, 5)
-    >>> bool((layer(x) == layer.base_layer(x)).all()), layer.rank  # ΔW = 0 at the start
-    (True, 2)
+    >>> components = RankOneComponents(5, 3, r=2)
+    >>> components(torch.ones(4, 5)).shape, components.rank
+    (torch.Size([4, 3]), 2)
     """
 
     def __init__(
-        self, base_layer: nn.Linear, r: int, lora_alpha: float = 8, lora_dropout: float = 0.1
+        self,
+        d_in: int,
+        d_out: int,
+        r: int,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.1,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if not isinstance(base_layer, nn.Linear):
-            raise TypeError(f"only nn.Linear can be adapted, not {type(base_layer).__name__}")
         if r < 1:
             raise ValueError(f"r = {r}: a layer needs at least one component")
         if not 0 <= lora_dropout < 1:
             raise ValueError(f"lora_dropout = {lora_dropout}: must be at least 0 and less than 1")
-        self.base_layer = base_layer.requires_grad_(False)
         self.scaling = lora_alpha / r
         self.lora_dropout = nn.Dropout(lora_dropout)
-
-        weight = base_layer.weight
-        # Half-precision base weights are frozen and may stay so; what is trained needs float32.
-        like = dict(device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
-        self.lora_A = nn.Parameter(torch.empty(r, base_layer.in_features, **like))
-        self.lora_B = nn.Parameter(torch.empty(base_layer.out_features, r, **like))
+        like = dict(device=device, dtype=dtype)
+        self.lora_A = nn.Parameter(torch.empty(r, d_in, **like))
+        self.lora_B = nn.Parameter(torch.empty(d_out, r, **like))
         self.lora_c = nn.Parameter(torch.zeros(r, **like))
-        alive = torch.ones(r, dtype=torch.bool, device=weight.device)
-        self.register_buffer("component_mask", alive)
+        self.register_buffer("component_mask", torch.ones(r, dtype=torch.bool, device=device))
         nn.init.kaiming_uniform_(self.lora_A)  # bound √(6 / d_in)
         nn.init.kaiming_uniform_(self.lora_B)  # bound √(6 / r): the fan-in of lora_B is r
 
     def forward(self, x: Tensor) -> Tensor:
-        result = self.base_layer(x)
         z = F.linear(self.lora_dropout(x.to(self.lora_A.dtype)), self.lora_A)  # (..., r)
-        update = F.linear(z * (self.scaling * self.lora_c), self.lora_B)  # (..., d_out)
-        return result + update.to(result.dtype)
+        return F.linear(z * (self.scaling * self.lora_c), self.lora_B)  # (..., d_out)
 
     @property
     def rank(self) -> int:
@@ -79,6 +76,38 @@ class DynamicLoRALinear(nn.Module):
         c = self.scaling * self.lora_c * self.component_mask
         return (self.lora_B * c) @ self.lora_A
 
+    def extra_repr(self) -> str:
+        return f"rank={self.rank} of {self.lora_c.numel()}, scaling={self.scaling:.3g}"
+
+
+class DynamicLoRALinear(RankOneComponents):
+    """A frozen linear layer plus r rank-1 components: W = W0 + ΔW (Eq. 6).
+
+    Shapes: x (..., d_in) -> (..., d_out). The parameters, the mask and `delta_weight` are those of
+    RankOneComponents; W0 is in `base_layer`.
+
+    Raises TypeError if base_layer is not an nn.Linear, ValueError as RankOneComponents.
+
+    >>> layer = DynamicLoRALinear(nn.Linear(5, 3), r=2)
+    >>> x = torch.ones(4, 5)
+    >>> bool((layer(x) == layer.base_layer(x)).all()), layer.rank  # ΔW = 0 at the start
+    (True, 2)
+    """
+
+    def __init__(
+        self, base_layer: nn.Linear, r: int, lora_alpha: float = 8, lora_dropout: float = 0.1
+    ):
+        if not isinstance(base_layer, nn.Linear):
+            raise TypeError(f"only nn.Linear can be adapted, not {type(base_layer).__name__}")
+        d_out, d_in = base_layer.weight.shape
+        like = like_base(base_layer.weight)
+        super().__init__(d_in, d_out, r, lora_alpha, lora_dropout, **like)
+        self.base_layer = base_layer.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.base_layer(x)
+        return result + super().forward(x).to(result.dtype)
+
     @torch.no_grad()
     def merge(self) -> nn.Linear:
         """An ordinary nn.Linear with W0 + ΔW; this module stays as it is."""
@@ -86,19 +115,35 @@ class DynamicLoRALinear(nn.Module):
         merged.weight += self.delta_weight().to(merged.weight.dtype)
         return merged
 
-    def extra_repr(self) -> str:
-        return f"rank={self.rank} of {self.lora_c.numel()}, scaling={self.scaling:.3g}"
+
+def like_base(weight: Tensor) -> dict:
+    """{"device": ..., "dtype": ...} of the components of a frozen weight.
+
+    Half-precision base weights are frozen and may stay so; what is trained needs float32.
+
+    >>> like_base(torch.ones(2, dtype=torch.bfloat16))["dtype"]
+    torch.float32
+    """
+    return {
+        "device": weight.device,
+        "dtype": torch.promote_types(weight.dtype, torch.float32),
+    }
 
 
-def dynamic_layers(model: nn.Module) -> dict[str, DynamicLoRALinear]:
+def dynamic_layers(
+    model: nn.Module | dict[str, RankOneComponents],
+) -> dict[str, RankOneComponents]:
     """The adapted layers by name, in the order of `model.named_modules()`.
 
     That order defines a component's position, which breaks ties; it is the same in every process.
+    A dictionary of such layers is returned as it is: whoever needs a model's layers takes either.
     """
-    return {n: m for n, m in model.named_modules() if isinstance(m, DynamicLoRALinear)}
+    if isinstance(model, dict):
+        return model
+    return {n: m for n, m in model.named_modules() if isinstance(m, RankOneComponents)}
 
 
-def stack_by_shape(layers: list[DynamicLoRALinear]) -> list[tuple[list[int], tuple[Tensor, ...]]]:
+def stack_by_shape(layers: list[RankOneComponents]) -> list[tuple[list[int], tuple[Tensor, ...]]]:
     """Group layers of one shape, so that one call serves all of them.
 
     A base-size encoder has 72 adapted matrices but only three shapes. Returns, for every shape,

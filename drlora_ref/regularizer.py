@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from drlora_ref.layer import dynamic_layers, stack_by_shape
+from drlora_ref.layer import RankOneComponents, dynamic_layers, stack_by_shape
 
 
 def dem_penalty(lora_A: Tensor, lora_B: Tensor) -> Tensor:
@@ -32,10 +32,11 @@ def dem_penalty(lora_A: Tensor, lora_B: Tensor) -> Tensor:
     return (lora_A.var(dim=-1) + lora_B.var(dim=-2)).mean(dim=-1)
 
 
-def dem_loss(model: nn.Module) -> Tensor:
+def dem_loss(model: nn.Module | dict[str, RankOneComponents]) -> Tensor:
     """R over all components of all layers (Eq. 10), a scalar with gradient: add dem_weight · R.
 
-    Layers of one shape share one call. Raises ValueError if the model has no adapted layer.
+    `model`, or its adapted layers by name. Layers of one shape share one call. Raises ValueError
+    if the model has no adapted layer.
 
     Choice: pruned components count too (the authors' code as well): they train on and may return.
 

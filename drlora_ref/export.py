@@ -1,0 +1,224 @@
+"""A trained model's surviving components as a stock LoRA adapter that any user of PEFT can load."""
+
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from huggingface_hub import ModelCardData
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from drlora_ref.inject import HEADS, in_head
+from drlora_ref.layer import RankOneComponents, dynamic_layers
+from drlora_ref.peft_tuner import DynamicRankModel, find_tuner
+from drlora_ref.plotting import plot_rank_heatmap
+
+CARD = """---
+{front}
+---
+
+# LoRA adapter{of_base}, ranks by dynamic-rank DoRA
+
+{components} components over {matrices} weight matrices, {mean:.2f} per matrix on average, \
+distributed while training by
+dynamic-rank DoRA ([arXiv 2405.17357](https://arxiv.org/abs/2405.17357)). What is here is a plain \
+LoRA {form}:
+it needs nothing but PEFT.
+
+| | |
+|---|---|
+{facts}
+
+![Surviving components of each matrix](rank_map.png)
+
+```python
+from peft import PeftModel
+from transformers import {model_class}
+
+base = {model_class}.from_pretrained("{base}"{labels})
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+```
+"""
+
+
+def export_lora(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    uniform: bool = False,
+    adapter_name: str | None = None,
+    base_model: str | None = None,
+    task: str | None = None,
+    metric: dict[str, float] | None = None,
+    overwrite: bool = False,
+) -> dict[str, int]:
+    """Write a stock PEFT LoRA adapter with a model card; returns the rank of every matrix.
+
+        ΔW = scaling · Σ cᵢ bᵢaᵢᵀ over surviving i = B A,   A = lora_A[mask],
+                                                           B = (scaling · c · lora_B)[:, mask]
+
+    c and scaling fold into B, and lora_alpha = r makes LoRA's own factor 1. Every matrix has the
+    rank that it kept (`rank_pattern`), one that lost all has no adapter, and the head comes along.
+    PeftModel.from_pretrained(base, folder) then gives the same outputs without this package.
+
+    `model`: a PeftModel with a DynamicRankConfig, or one that inject_adapters made. uniform: fill
+    all matrices up to the largest rank with zeros, for servers that ignore rank_pattern.
+    adapter_name: of a PeftModel with several. base_model, task and metric ({"accuracy": 0.93}) are
+    for the card and, base_model, for PEFT; by default it is the name the model was loaded from.
+
+    Files, each written whole: adapter_config.json, adapter_model.safetensors, README.md (the card)
+    and rank_map.png. Raises, before anything is written: ValueError if nothing survives (LoRA has
+    no rank 0), or pruning has not ended; TypeError for a model without components; FileExistsError
+    if the folder has an adapter and overwrite is not set.
+    """
+    folder = Path(folder)
+    if (folder / "adapter_config.json").exists() and not overwrite:
+        raise FileExistsError(f"{folder} has an adapter already: name another, or overwrite=True")
+    layers, tensors, config = _take_apart(model, adapter_name)
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    _check(layers, ranks)
+    r = max(ranks.values())
+    for name, layer in layers.items():
+        if ranks[name]:
+            A, B = fold(layer, pad_to=r if uniform else 0)
+            tensors[f"base_model.model.{name}.lora_A.weight"] = A
+            tensors[f"base_model.model.{name}.lora_B.weight"] = B
+    config.base_model_name_or_path = base_model or config.base_model_name_or_path
+    config.r = config.lora_alpha = r
+    config.target_modules = _targets(ranks)
+    if not uniform:  # a key of rank_pattern is a regular expression; without "^" it may end a name
+        kept = {n: rank for n, rank in ranks.items() if 0 < rank < r}
+        config.rank_pattern = {"^" + re.escape(n): rank for n, rank in kept.items()}
+        config.alpha_pattern = dict(config.rank_pattern)
+    card = _card(model, config, ranks, uniform, task, metric)
+    _write(folder, config, tensors, card, ranks)
+    return ranks
+
+
+@torch.no_grad()
+def fold(components: RankOneComponents, pad_to: int = 0) -> tuple[Tensor, Tensor]:
+    """(A, B) with ΔW = B A of the surviving components: (rank, d_in), (d_out, rank).
+
+    With pad_to, rows and columns of zeros make the rank at least that.
+
+    >>> components = RankOneComponents(4, 6, r=3)
+    >>> components.component_mask[1] = False
+    >>> A, B = fold(components)
+    >>> A.shape, B.shape, bool(torch.allclose(B @ A, components.delta_weight()))
+    (torch.Size([2, 4]), torch.Size([6, 2]), True)
+    """
+    mask = components.component_mask
+    A = components.lora_A[mask]
+    B = (components.lora_B * (components.scaling * components.lora_c))[:, mask]
+    missing = max(pad_to - len(A), 0)
+    return F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))
+
+
+def _take_apart(model: nn.Module, adapter_name: str | None):
+    """(components by module name, the head's tensors by PEFT's names, a LoraConfig to fill in)."""
+    if isinstance(model, PeftModel):
+        tuner = find_tuner(model)
+        name = tuner.one_adapter(adapter_name)
+        tuner.check_pruned(name)
+        saved = get_peft_model_state_dict(model, adapter_name=name)
+        head = {n: t for n, t in saved.items() if f".{DynamicRankModel.prefix}" not in n}
+        given = tuner.peft_config[name]
+        config = LoraConfig(
+            task_type=given.task_type,
+            modules_to_save=given.modules_to_save,
+            base_model_name_or_path=given.base_model_name_or_path,
+        )
+        return tuner.layers(name), head, config
+    layers = dynamic_layers(model)
+    if not layers:
+        raise TypeError(f"{type(model).__name__} has no dynamic-rank components to export")
+    heads = sorted(HEADS & {name.split(".")[-1] for name, _ in model.named_modules()})
+    head = {f"base_model.model.{n}": t for n, t in model.state_dict().items() if in_head(n)}
+    name = getattr(getattr(model, "config", None), "name_or_path", None)
+    return layers, head, LoraConfig(modules_to_save=heads, base_model_name_or_path=name or None)
+
+
+def _check(layers: dict[str, RankOneComponents], ranks: dict[str, int]) -> None:
+    if not any(ranks.values()):
+        raise ValueError(
+            f"no component survives in any of {len(ranks)} matrices: a LoRA of rank 0 does not "
+            "exist; the base model with the trained head is all there is to save"
+        )
+    for name, layer in layers.items():
+        if layer.lora_c[~layer.component_mask].any():
+            raise ValueError(
+                f"{name}: a component outside the mask is not zero. Pruning has not ended; export "
+                "after the last step, the budget's t_end at the earliest"
+            )
+
+
+def _targets(ranks: dict[str, int]) -> list[str] | str:
+    """Names of the matrices that have a rank, or a regular expression for exactly those.
+
+    PEFT takes a name in a list for the end of a longer one, too.
+    """
+    kept = sorted(name for name, rank in ranks.items() if rank)
+    emptied = [name for name, rank in ranks.items() if not rank]
+    if any(other.endswith("." + name) for other in emptied for name in kept):
+        return "(?:" + "|".join(map(re.escape, kept)) + ")"
+    return kept
+
+
+def _card(model, config, ranks, uniform, task, metric) -> str:
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = config.base_model_name_or_path
+    is_local = base and Path(base).exists()
+    facts = {
+        "base model": (Path(base).name + " (a local folder)" if is_local else base) or "not named",
+        "task": task or "not named",
+        **{name: f"{value:.4g}" for name, value in (metric or {}).items()},
+        "rank": f"{min(ranks.values())} to {max(ranks.values())}",
+    }
+    front = ModelCardData(
+        base_model=None if is_local else base,
+        library_name="peft",
+        tags=["lora", "dynamic-rank", "arxiv:2405.17357"],
+    )
+    labels = getattr(getattr(plain, "config", None), "num_labels", None)
+    of_labels = f", num_labels={labels}" if "Classification" in type(plain).__name__ else ""
+    pattern = "whose matrices have ranks of their own (`rank_pattern`)"
+    return CARD.format(
+        front=front.to_yaml(),
+        of_base=f" for {Path(base).name if is_local else base}" if base else "",
+        components=sum(ranks.values()),
+        matrices=len(ranks),
+        mean=sum(ranks.values()) / len(ranks),
+        form=f"of rank {config.r}, filled up with zeros" if uniform else pattern,
+        facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
+        model_class=type(plain).__name__,
+        base=(Path(base).name if is_local else base) or "name-of-the-base-model",
+        labels=of_labels,
+    )
+
+
+def _write(folder: Path, config: LoraConfig, tensors, card: str, ranks: dict[str, int]) -> None:
+    """All files beside the folder first, then each moved in; what PEFT reads first, last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as unfinished:
+        unfinished = Path(unfinished)
+        axes = plot_rank_heatmap(ranks)
+        axes.figure.savefig(unfinished / "rank_map.png")
+        plt.close(axes.figure)
+        (unfinished / "README.md").write_text(card)
+        whole = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        save_file(whole, unfinished / "adapter_model.safetensors", metadata={"format": "pt"})
+        config.inference_mode = True
+        config.save_pretrained(unfinished)
+        settings = json.loads((unfinished / "adapter_config.json").read_text())
+        if isinstance(settings["target_modules"], list):
+            settings["target_modules"].sort()  # PEFT keeps a set, whose order changes by process
+        (unfinished / "adapter_config.json").write_text(json.dumps(settings, indent=2))
+        names = ("rank_map.png", "README.md", "adapter_model.safetensors", "adapter_config.json")
+        for name in names:
+            os.replace(unfinished / name, folder / name)

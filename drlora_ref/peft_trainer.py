@@ -1,0 +1,120 @@
+"""Dynamic-rank DoRA in transformers' Trainer: a callback for Algorithm 1, a mix-in for DEM.
+
+A script that trains a PeftModel by Trainer becomes dynamic-rank by two lines: get_peft_model takes
+a DynamicRankConfig, and DynamicRankTrainer stands where Trainer stood. A subclass of Trainer joins
+by `class MyTrainer(DynamicRankMixin, TheirTrainer)`.
+"""
+
+from transformers import Trainer, TrainerCallback
+
+from drlora_ref.peft_tuner import find_tuner
+
+
+class DynamicRankCallback(TrainerCallback):
+    """Runs the allocator after every optimizer step of a Trainer (Algorithm 1, lines 7-9).
+
+    A step is Trainer's `global_step`: accumulation counts once. The callback has no memory of its
+    own; EMA, masks and step count are buffers of the model, so they are in every checkpoint, and
+    resume_from_checkpoint goes on exactly.
+
+    It fills in the configuration's total_step where that is None. `load_best_model_at_end` chooses
+    only among evaluations after pruning has ended: those before are of a model with more
+    components. DynamicRankMixin adds the callback by itself; added by hand, it does all but DEM.
+
+    Raises ValueError when training begins: if total_step is not the number of steps to come, if
+    the adapter has been trained for other than the steps that Trainer resumes from, or if
+    dem_weight is set and nothing adds DEM. And when training ends before pruning does. Parameters
+    sharded by FSDP or DeepSpeed are refused; DDP is fine.
+    """
+
+    def __init__(self, adds_dem: bool = False):
+        self.adds_dem = adds_dem
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if args.fsdp or args.deepspeed:
+            raise ValueError("FSDP and DeepSpeed shard the components, DDP does not: use DDP")
+        tuner = find_tuner(model)
+        config = tuner.peft_config[tuner.one_adapter()]
+        if config.total_step is None:
+            config.total_step = state.max_steps
+        if config.total_step != state.max_steps:
+            raise ValueError(
+                f"total_step = {config.total_step}, but this training has {state.max_steps} "
+                "optimizer steps: leave total_step out, or let epochs or max_steps make as many"
+            )
+        if config.dem_weight and not self.adds_dem:
+            raise ValueError(
+                f"dem_weight = {config.dem_weight}, but nothing adds DEM to the loss: take "
+                "DynamicRankTrainer, or DynamicRankMixin before your own Trainer class"
+            )
+        if tuner.allocator().last_step != state.global_step:
+            raise ValueError(
+                f"the adapter has {tuner.allocator().last_step} steps of training behind it, and "
+                f"Trainer starts after step {state.global_step}: resume from that checkpoint "
+                "(resume_from_checkpoint), or take a fresh adapter"
+            )
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        tuner = find_tuner(model)
+        tuner.update_and_allocate(state.global_step)
+        # This step's evaluation comes after this call: at the first step with the final mask, what
+        # was best before is forgotten for the last time.
+        if not tuner.schedule().pruning_ended(state.global_step - 1):
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        find_tuner(model).check_pruned()
+
+
+class DynamicRankMixin:
+    """Put before a Trainer class: adds DEM to its training loss, ranks to its logs, the callback.
+
+        loss + dem_weight · R                      Eq. 10, until pruning has ended
+
+    R depends on the weights alone, so it counts once in an optimizer step however many batches are
+    accumulated, and not at all in an evaluation's loss. The training loss in the logs contains it.
+
+    Logged with each training loss: `rank` (surviving components, mean over matrices), `rank_min`,
+    `rank_max`, and `rank_budget`, the b(t) of Eq. 9.
+
+    Raises TypeError for a model without a dynamic-rank adapter.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        find_tuner(self.model)
+        self.remove_callback(DynamicRankCallback)  # one that was added by hand: it would step twice
+        self.add_callback(DynamicRankCallback(adds_dem=True))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        tuner = find_tuner(self.model)
+        weight = tuner.peft_config[tuner.one_adapter()].dem_weight
+        step = self.state.global_step + 1  # the one that this loss belongs to
+        if weight and model.training and not tuner.schedule().pruning_ended(step):
+            # Trainer divides a loss by the number of accumulated batches, except where the model
+            # has done so already; then R must be divided here.
+            divided = self.compute_loss_func is not None or (
+                self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            )
+            if self.loss_is_scaled_for_ga is not None:
+                divided = self.loss_is_scaled_for_ga
+            loss = loss + weight * tuner.dem_loss() / (
+                self.current_gradient_accumulation_steps if divided else 1
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs:
+            tuner = find_tuner(self.model)
+            ranks = tuner.rank_pattern().values()
+            logs["rank"] = sum(ranks) / len(ranks)
+            logs["rank_min"], logs["rank_max"] = min(ranks), max(ranks)
+            logs["rank_budget"] = tuner.schedule().budget(self.state.global_step)
+        super().log(logs, *args, **kwargs)
+
+
+class DynamicRankTrainer(DynamicRankMixin, Trainer):
+    """transformers' Trainer for a PeftModel with a DynamicRankConfig; arguments as Trainer's."""

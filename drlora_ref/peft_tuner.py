@@ -1,0 +1,198 @@
+"""Dynamic-rank DoRA as a tuner of PEFT: `import drlora_ref.peft_tuner`, then get_peft_model.
+
+The equations are the package's own (layer, importance, schedule, regularizer, allocator); this
+file only puts them where PEFT looks for a method. It is not NVIDIA's weight-decomposed DoRA, which
+in PEFT is LoraConfig(use_dora=True).
+
+PEFT (0.21) has no door for methods that it does not know: `register_peft_method` asks for a member
+of its enumeration PeftType. So the method is entered into PEFT's three tables under a name that
+behaves like such a member. PEFT changes between versions; this file refuses those it was not
+tested with.
+"""
+
+import peft
+import torch
+from peft import PeftModel
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import Tensor, nn
+
+from drlora_ref.allocator import RankAllocator
+from drlora_ref.inject import TARGET_MODULES
+from drlora_ref.layer import RankOneComponents, dynamic_layers
+from drlora_ref.peft_layer import (
+    DYNAMIC_RANK,
+    AllocatorState,
+    DynamicRankConfig,
+    DynamicRankLinear,
+)
+from drlora_ref.regularizer import dem_loss
+from drlora_ref.schedule import BudgetSchedule
+
+TESTED = ("0.21.",)
+if not peft.__version__.startswith(TESTED):
+    raise ImportError(
+        f"drlora_ref.peft_tuner reaches into PEFT and is tested with {TESTED[0]}*; this is PEFT "
+        f"{peft.__version__}: pip install 'peft>=0.21,<0.22'"
+    )
+
+
+class DynamicRankModel(BaseTuner):
+    """A model whose linear layers have components, and an allocator for each adapter.
+
+    What a training loop needs beyond PEFT's own methods (all can be called on the PeftModel):
+    `dem_loss()` goes into the loss until pruning ends, times dem_weight; `update_and_allocate(t)`
+    is called after the t-th optimizer step, t = 1, 2, ..., T. Both concern the one active adapter,
+    as do `schedule()` and `rank_pattern()`. Each raises ValueError if several are active.
+
+    Raises ValueError for a model that has adapters already.
+
+    Read with care: merging goes by the mask and so do the ranks, the forward pass goes by c; the
+    two agree once pruning has ended. Merging before that raises ValueError.
+    """
+
+    prefix = "dynamic_rank_"
+    tuner_layer_cls = DynamicRankLinear
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | TARGET_MODULES
+    uses_shared_state = True  # AllocatorState is here: a model without this wrapper cannot train
+
+    def __init__(self, model: nn.Module, peft_config, adapter_name: str, *args, **kwargs):
+        adapted = [n for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+        if adapted := adapted or list(dynamic_layers(model)):
+            raise ValueError(
+                f"the model has adapters already, in {adapted[0]} and elsewhere: take a fresh one, "
+                "or merge them first. A second adapter of this kind: PeftModel.add_adapter"
+            )
+        if getattr(model, "is_quantized", False):
+            raise TypeError("quantised models cannot be adapted: load it in float32 or bfloat16")
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if not hasattr(self, "dynamic_rank_state"):
+            self.dynamic_rank_state = nn.ModuleDict()
+        layers = self.layers(adapter_name)
+        device = next(m for m in model.modules() if isinstance(m, DynamicRankLinear)).weight.device
+        config = self.peft_config[adapter_name]
+        self.dynamic_rank_state[adapter_name] = AllocatorState(layers, config, device)
+
+    def _create_and_replace(
+        self, config, adapter_name, target, target_name, parent, current_key, **_
+    ) -> None:
+        if isinstance(target, DynamicRankLinear):
+            return target.add(adapter_name, config)
+        try:
+            adapted = DynamicRankLinear(target, adapter_name, config)
+        except TypeError as error:
+            raise TypeError(f"target_modules: {current_key}: {error}") from None
+        if adapter_name not in self.active_adapters:
+            adapted.requires_grad_(False)
+        self._replace_module(parent, target_name, adapted.train(target.training), target)
+
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        # Components are made where the base weight is. PEFT's version also copies `weight`, which
+        # a head of several layers (RoBERTa's) does not have, and fails in merge_and_unload.
+        setattr(parent, child_name, new_module)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        del self.dynamic_rank_state[adapter_name]
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        here = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        for name, tensor in loaded.items():
+            if cls.prefix in name and tensor.shape != here.get(name, tensor.shape):
+                raise ValueError(
+                    f"the checkpoint is of other ranks or targets: {name} is {tuple(tensor.shape)} "
+                    f"there and {tuple(here[name])} here, with init_r = {config.init_r}"
+                )
+        return loaded
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for name in self.active_adapters:
+            self.check_pruned(name)
+
+    def one_adapter(self, adapter_name: str | None = None) -> str:
+        """The name given, or the one active adapter's. Raises ValueError if several are active."""
+        if adapter_name is None and len(self.active_adapters) != 1:
+            raise ValueError(f"{len(self.active_adapters)} adapters are active: name one of them")
+        return adapter_name or self.active_adapters[0]
+
+    def layers(self, adapter_name: str | None = None) -> dict[str, RankOneComponents]:
+        """The components of each adapted matrix, by its name in the model that was given."""
+        name = self.one_adapter(adapter_name)
+        return {
+            module_name: module.dynamic_rank_components[name]
+            for module_name, module in self.model.named_modules()
+            if isinstance(module, DynamicRankLinear) and name in module.dynamic_rank_components
+        }
+
+    def schedule(self, adapter_name: str | None = None) -> BudgetSchedule:
+        """The adapter's budget (Eq. 9). Raises ValueError while total_step is None."""
+        return self.peft_config[self.one_adapter(adapter_name)].schedule()
+
+    def dem_loss(self, adapter_name: str | None = None) -> Tensor:
+        """R of Eq. 10 over the adapter's components, a scalar with gradient."""
+        return dem_loss(self.allocator(adapter_name).layers)
+
+    def allocator(self, adapter_name: str | None = None) -> RankAllocator:
+        """The adapter's RankAllocator, as it stands; made at the first call and after a load.
+
+        Raises ValueError without total_step, or if the steps so far were under other settings.
+        """
+        name = self.one_adapter(adapter_name)
+        state = self.dynamic_rank_state[name]
+        if state.allocator is None:
+            state.resume(self.layers(name), self.peft_config[name])
+        return state.allocator
+
+    def update_and_allocate(self, global_step: int, adapter_name: str | None = None) -> None:
+        """Algorithm 1, lines 7-9: score, smooth and prune, after optimizer step global_step.
+
+        Raises ValueError if steps are left out or repeated, and as `allocator`.
+        """
+        self.allocator(adapter_name)
+        self.dynamic_rank_state[self.one_adapter(adapter_name)].step(global_step)
+
+    def rank_pattern(self, adapter_name: str | None = None) -> dict[str, int]:
+        """Surviving components of each adapted matrix by name."""
+        layers = self.layers(adapter_name)
+        masks = torch.stack([layer.component_mask for layer in layers.values()])
+        return dict(zip(layers, masks.sum(dim=1).tolist(), strict=True))
+
+    def check_pruned(self, adapter_name: str | None = None) -> None:
+        """Raise ValueError unless the adapter's ranks are final: pruning has run to its end."""
+        name = self.one_adapter(adapter_name)
+        config, steps = self.peft_config[name], int(self.dynamic_rank_state[name].last_step)
+        if config.init_r != config.target_r and steps < self.schedule(name).t_end:
+            raise ValueError(
+                f"adapter {name!r}: pruning has not ended, so its ranks are not those that were "
+                f"asked for: {steps} steps of update_and_allocate, and the last components are "
+                f"pruned at step {self.schedule(name).t_end} of total_step = {config.total_step}. "
+                "Give the true number of optimizer steps as total_step, and call it after each"
+            )
+
+
+def find_tuner(model) -> DynamicRankModel:
+    """The tuner inside a PeftModel. Raises TypeError for any other model."""
+    tuner = model.base_model if isinstance(model, PeftModel) else None
+    if not isinstance(tuner, DynamicRankModel):
+        raise TypeError(
+            f"{type(model).__name__} has no dynamic-rank adapter: call "
+            "get_peft_model(model, DynamicRankConfig(...)) before the Trainer is made"
+        )
+    return tuner
+
+
+# Under this name PEFT finds the method: in get_peft_model, and in a saved adapter_config.json.
+PEFT_TYPE_TO_CONFIG_MAPPING[DYNAMIC_RANK] = DynamicRankConfig
+PEFT_TYPE_TO_TUNER_MAPPING[DYNAMIC_RANK] = DynamicRankModel
+PEFT_TYPE_TO_PREFIX_MAPPING[DYNAMIC_RANK] = DynamicRankModel.prefix
