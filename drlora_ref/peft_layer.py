@@ -17,13 +17,14 @@ from drlora_ref.schedule import BudgetSchedule
 class _MethodName(str):
     """A string that answers where PEFT asks a member of PeftType for its value or name.
 
-    It equals and hashes as the plain string that stands in a saved adapter_config.json.
+    It equals and hashes as the plain string that stands in a saved adapter_config.json. Where this
+    package was not imported, PEFT's error is a KeyError with this name: so it names the package.
     """
 
     value = name = property(str.__str__)
 
 
-DYNAMIC_RANK = _MethodName("DYNAMIC_RANK")
+DYNAMIC_RANK = _MethodName("drlora_ref.DYNAMIC_RANK")
 
 
 @dataclass

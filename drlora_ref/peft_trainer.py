@@ -5,6 +5,9 @@ a DynamicRankConfig, and DynamicRankTrainer stands where Trainer stood. A subcla
 by `class MyTrainer(DynamicRankMixin, TheirTrainer)`.
 """
 
+import inspect
+
+from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from drlora_ref.peft_tuner import find_tuner
@@ -66,6 +69,19 @@ class DynamicRankCallback(TrainerCallback):
         find_tuner(model).check_pruned()
 
 
+def divides_its_loss(model: nn.Module) -> bool:
+    """Whether a model of transformers divides its loss by the `num_items_in_batch` it is given.
+
+    Trainer believes so of every model whose forward takes **kwargs, and leaves the loss as it is.
+    The heads of RoBERTa, BERT, MPNet and BART take them too and return the batch's mean all the
+    same: with k accumulated batches the gradient is then k times too large, with n processes n
+    times. Those that do divide call `self.loss_function`.
+    """
+    if hasattr(model, "accepts_loss_kwargs"):  # a model that says so itself is believed
+        return model.accepts_loss_kwargs
+    return "loss_function" in inspect.unwrap(type(model).forward).__code__.co_names
+
+
 class DynamicRankMixin:
     """Put before a Trainer class: adds DEM to its training loss, ranks to its logs, the callback.
 
@@ -73,6 +89,9 @@ class DynamicRankMixin:
 
     R depends on the weights alone, so it counts once in an optimizer step however many batches are
     accumulated, and not at all in an evaluation's loss. The training loss in the logs contains it.
+
+    That the number of accumulated batches changes no gradient holds for the task's loss as well:
+    where Trainer would take a mean for a share (see divides_its_loss), it is told so.
 
     Logged with each training loss: `rank` (surviving components, mean over matrices), `rank_min`,
     `rank_max`, and `rank_budget`, the b(t) of Eq. 9.
@@ -82,7 +101,8 @@ class DynamicRankMixin:
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        find_tuner(self.model)
+        base = find_tuner(self.model).model
+        self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and divides_its_loss(base)
         self.remove_callback(DynamicRankCallback)  # one that was added by hand: it would step twice
         self.add_callback(DynamicRankCallback(adds_dem=True))
 

@@ -1,0 +1,434 @@
+"""Dynamic rank in a stock Trainer: DEM under accumulation, resuming, best model, two processes."""
+
+import functools
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import trainer_script
+from safetensors.torch import load_file
+from torch import nn
+from trainer_script import (
+    MaskAtEveryStep,
+    adapted,
+    arguments,
+    base_model,
+    rows,
+    still,
+    trainer,
+)
+from transformers import (
+    EarlyStoppingCallback,
+    LlamaForCausalLM,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+)
+
+from drlora_ref import BudgetSchedule
+from drlora_ref.peft_trainer import (
+    DynamicRankCallback,
+    DynamicRankMixin,
+    DynamicRankTrainer,
+    divides_its_loss,
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning"),
+]
+T, T_END = 12, 6  # of trainer_script's arguments
+
+
+def state_of(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_bits(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different, different
+
+
+def test_two_lines_make_a_trainer_script_dynamic_rank(tmp_path):
+    run = trainer(tmp_path)
+    run.train()
+    assert run.model.peft_config["default"].total_step == T  # filled in
+    ranks = run.model.rank_pattern()
+    assert sum(ranks.values()) == 12 * 2 and len(set(ranks.values())) > 1
+    for layer in run.model.base_model.layers().values():
+        assert not layer.lora_c[~layer.component_mask].any() and layer.lora_c.any()
+
+
+def test_rank_and_budget_are_in_the_logs_that_every_integration_sees(tmp_path):
+    seen = []
+
+    class Integration(TrainerCallback):
+        """Stands where TensorBoard's and other integrations stand: before the user's callbacks."""
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append((state.global_step, logs))
+
+    run = trainer(tmp_path)
+    run.callback_handler.callbacks.insert(0, Integration())
+    run.train()
+    schedule = BudgetSchedule(3, 2, T, deltaT=2)
+    training = {step: logs for step, logs in seen if "loss" in logs}
+    assert list(training) == list(range(1, T + 1))
+    for step, logs in training.items():
+        assert logs["rank_budget"] == schedule.budget(step)
+        assert logs["rank_min"] <= logs["rank"] <= logs["rank_max"]
+    assert training[1]["rank"] == 3 and training[T]["rank"] == 2
+    assert [logs for _, logs in seen if "train_runtime" in logs and "rank" not in logs]
+
+
+class FirstGradient(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradient = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+        control.should_training_stop = True
+
+
+def eight_rows(folder, accumulation: int, trainer_class=DynamicRankTrainer, **given):
+    """A trainer whose first step is over the same eight rows, at components away from zero."""
+    model = still(total_step=100, init_r=3, target_r=3, **given)
+    torch.manual_seed(5)
+    for layer in model.base_model.layers().values():
+        nn.init.normal_(layer.lora_c)
+    settings = arguments(
+        folder,
+        per_device_train_batch_size=8 // accumulation,
+        gradient_accumulation_steps=accumulation,
+        train_sampling_strategy="sequential",
+        max_steps=100,
+        max_grad_norm=0,
+    )
+    return trainer_class(model, settings, train_dataset=rows())
+
+
+def first_gradient(run) -> dict[str, torch.Tensor]:
+    stop = FirstGradient()
+    run.add_callback(stop)
+    run.train()
+    return stop.gradient
+
+
+def summed_loss(outputs, labels, num_items_in_batch):
+    loss = nn.functional.cross_entropy(outputs.logits, labels, reduction="sum")
+    return loss / num_items_in_batch
+
+
+@pytest.mark.parametrize("divided_by", ["Trainer", "the model", "a loss function"])
+def test_accumulation_changes_no_gradient_and_dem_counts_once(divided_by, tmp_path):
+    gradients = {}
+    for accumulation, weight in itertools.product((1, 4), (0.0, 0.7)):
+        run = eight_rows(tmp_path, accumulation, dem_weight=weight)
+        if divided_by == "a loss function":
+            run.compute_loss_func = summed_loss
+        if divided_by == "the model":
+            base = run.model.get_base_model()
+            base.forward = divide(base.forward)
+            run.model_accepts_loss_kwargs = True
+        gradients[accumulation, weight] = first_gradient(run)
+    for name, whole in gradients[1, 0.7].items():
+        torch.testing.assert_close(gradients[4, 0.7][name], whole, atol=1e-6, rtol=1e-5)
+    untouched = eight_rows(tmp_path, 1).model
+    (0.7 * untouched.dem_loss()).backward()
+    for name, parameter in untouched.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            assert parameter.grad.abs().max() > 1e-4
+            added = gradients[4, 0.7][name] - gradients[4, 0.0][name]
+            torch.testing.assert_close(added, parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+def divide(forward):
+    """RoBERTa's forward as of a model that keeps Trainer's promise."""
+
+    @functools.wraps(forward)  # Trainer keeps the columns that the signature names
+    def forward_divided(*args, num_items_in_batch=None, labels=None, **kwargs):
+        outputs = forward(*args, labels=labels, **kwargs)
+        if num_items_in_batch is not None:
+            outputs.loss = outputs.loss * len(labels) / num_items_in_batch
+        return outputs
+
+    return forward_divided
+
+
+def test_trainer_alone_still_multiplies_the_gradient_of_a_roberta_classifier(tmp_path):
+    """The bug of transformers that the mix-in works around."""
+
+    class Stock(Trainer):
+        pass
+
+    one, four = (first_gradient(eight_rows(tmp_path, k, Stock)) for k in (1, 4))
+    name = next(name for name in one if "out_proj.weight" in name)
+    factor = float(four[name].norm() / one[name].norm())
+    assert factor == pytest.approx(4, rel=1e-4), (
+        f"Trainer's gradient over 4 accumulated batches is {factor:.3g} times that of one: if 1, "
+        "transformers is right now, and divides_its_loss can go"
+    )
+
+
+def test_a_model_is_asked_whether_it_divides_its_loss():
+    assert not divides_its_loss(base_model())
+    assert divides_its_loss(LlamaForCausalLM.__new__(LlamaForCausalLM))
+    base = base_model()
+    base.accepts_loss_kwargs = True
+    assert divides_its_loss(base)
+
+
+def test_dem_is_in_the_training_loss_until_pruning_ends_and_never_in_evaluation(tmp_path):
+    run = trainer(tmp_path, still(total_step=T))
+    inputs = next(iter(run.get_train_dataloader()))
+    dem = 0.3 * run.model.dem_loss()
+    task = run.model(**inputs).loss
+
+    def loss(step, model):
+        run.state.global_step = step - 1  # completed before the step in question
+        return run.compute_loss(model, inputs)
+
+    torch.testing.assert_close(loss(T_END, run.model.train()), task + dem)
+    torch.testing.assert_close(loss(T_END + 1, run.model.train()), task)
+    torch.testing.assert_close(loss(T_END, run.model.eval()), task)
+
+
+def test_resuming_from_any_checkpoint_is_bit_identical(tmp_path):
+    def run(folder, **given):
+        model = adapted(score="random", total_step=T)  # its generator must be restored, too
+        return trainer(folder, model, gradient_accumulation_steps=2, num_train_epochs=4, **given)
+
+    whole = run(tmp_path / "whole", save_strategy="steps", save_steps=1)
+    whole.train()
+    assert {p.name for p in (tmp_path / "whole").iterdir()} == {
+        f"checkpoint-{t}" for t in range(1, T + 1)
+    }
+    for step in range(1, T):
+        resumed = run(tmp_path / "resumed")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert_same_bits(state_of(resumed.model), state_of(whole.model))
+
+
+def test_resuming_under_autocast_in_bfloat16_is_bit_identical(tmp_path):
+    def run(folder, **given):
+        return trainer(folder, adapted(base_model().to(torch.bfloat16)), bf16=True, **given)
+
+    whole = run(tmp_path / "whole", save_strategy="steps", save_steps=4)
+    whole.train()
+    resumed = run(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert_same_bits(state_of(resumed.model), state_of(whole.model))
+
+
+def test_gradient_checkpointing_in_trainer_changes_no_bit_of_the_result(tmp_path):
+    results = []
+    for on in (False, True):
+        kind = dict(gradient_checkpointing_kwargs={"use_reentrant": False}) if on else {}
+        run = trainer(tmp_path, still(), gradient_checkpointing=on, **kind)
+        run.train()
+        results.append(state_of(run.model))
+    assert_same_bits(*results)
+
+
+def script(*words, processes: int = 1) -> None:
+    launch = f"torch.distributed.run --standalone --nproc_per_node {processes}".split()
+    command = [sys.executable, *(["-m", *launch] if processes > 1 else [])]
+    command += [trainer_script.__file__, *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_another_process_resumes_bit_identically(tmp_path):
+    whole = trainer(tmp_path / "whole", save_strategy="steps", save_steps=5)
+    whole.train()
+    whole.model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "resumed").mkdir()
+    script(tmp_path / "resumed", tmp_path / "whole" / "checkpoint-5")
+    weights = "adapter_model.safetensors"
+    there = load_file(tmp_path / "resumed" / "adapter-0" / weights)
+    assert_same_bits(there, load_file(tmp_path / "adapter" / weights))
+
+
+def test_two_processes_have_the_same_masks_at_every_step(tmp_path):
+    """DDP over gloo, its broadcast of buffers switched off; and those of one process."""
+    script(tmp_path, "--still", processes=2)
+    one, other = (torch.load(tmp_path / f"masks-{rank}.pt") for rank in (0, 1))
+    assert len(one) == 6  # the batches are shared out: half as many steps
+    assert torch.equal(one, other) and one[-1].sum() == 24 and one[0].all()
+    adapters = [load_file(tmp_path / f"adapter-{r}" / "adapter_model.safetensors") for r in (0, 1)]
+    assert_same_bits(*adapters)
+    alone = trainer(tmp_path / "alone", still(), per_device_train_batch_size=16)
+    seen = MaskAtEveryStep()
+    alone.add_callback(seen)
+    alone.train()
+    assert torch.equal(torch.stack(seen.masks), one)
+    alone.model.save_pretrained(tmp_path / "alone")
+    for name, tensor in load_file(tmp_path / "alone" / "adapter_model.safetensors").items():
+        torch.testing.assert_close(adapters[0][name], tensor, atol=1e-5, rtol=1e-4)
+
+
+def evaluations_that_get_worse(run) -> None:
+    """Makes the first evaluation of a run the best one by far."""
+    numbers = itertools.count(1)
+    run.compute_metrics = lambda prediction: {"score": 1 / next(numbers)}
+
+
+@pytest.mark.parametrize("every, best", [(1, T_END + 1), (3, 9), (6, 12)])
+def test_the_best_model_is_one_after_pruning(every, best, tmp_path):
+    run = trainer(
+        tmp_path,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=every,
+        save_steps=every,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+    )
+    evaluations_that_get_worse(run)
+    seen = MaskAtEveryStep()
+    run.add_callback(seen)
+    run.train()
+    assert run.state.best_global_step == best
+    assert Path(run.state.best_model_checkpoint).name == f"checkpoint-{best}"
+    loaded = load_file(tmp_path / f"checkpoint-{best}" / "adapter_model.safetensors")
+    assert int(loaded["base_model.dynamic_rank_state.last_step"]) == best
+    assert int(run.model.base_model.dynamic_rank_state.default.last_step) == best  # is loaded
+    assert torch.equal(run.model.base_model.allocator().mask, seen.masks[-1])
+
+
+def test_early_stopping_waits_for_the_ranks(tmp_path):
+    """Patience is not spent while there is no best yet."""
+    run = trainer(
+        tmp_path,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+    )
+    run.add_callback(EarlyStoppingCallback(early_stopping_patience=2))
+    evaluations_that_get_worse(run)
+    run.train()
+    assert run.state.best_global_step == T_END + 1
+    assert run.state.global_step == T_END + 3
+
+
+def test_any_trainer_class_can_be_mixed_in(tmp_path):
+    calls = []
+
+    class Theirs(Trainer):
+        def compute_loss(self, *args, **kwargs):
+            calls.append(1)
+            return super().compute_loss(*args, **kwargs)
+
+    class Mixed(DynamicRankMixin, Theirs):
+        pass
+
+    run = Mixed(adapted(), arguments(tmp_path), train_dataset=rows())
+    run.train()
+    assert len(calls) == T and sum(run.model.rank_pattern().values()) == 24
+
+
+def test_the_callback_alone_is_enough_without_dem(tmp_path):
+    run = Trainer(
+        adapted(dem_weight=0.0),
+        arguments(tmp_path),
+        train_dataset=rows(),
+        callbacks=[DynamicRankCallback()],
+    )
+    run.train()
+    assert sum(run.model.rank_pattern().values()) == 24
+
+
+def test_a_callback_added_by_hand_does_not_step_twice(tmp_path):
+    run = DynamicRankTrainer(
+        adapted(), arguments(tmp_path), train_dataset=rows(), callbacks=[DynamicRankCallback()]
+    )
+    run.train()
+    assert run.model.base_model.allocator().last_step == T
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+
+def test_a_wrong_total_step_is_refused_before_the_first_step(tmp_path):
+    run = trainer(tmp_path, adapted(total_step=100))
+    with pytest.raises(ValueError, match=r"total_step = 100, but this training has 12 optimizer"):
+        run.train()
+    assert run.state.global_step == 0
+
+
+def test_training_that_stops_before_pruning_ended_is_an_error(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 4
+
+    run = trainer(tmp_path, save_strategy="steps", save_steps=2)
+    run.add_callback(Stop())
+    with pytest.raises(ValueError, match=r"pruning has not ended.*: 4 steps.* at step 6"):
+        run.train()
+    assert (tmp_path / "checkpoint-4").exists()  # what was saved is kept
+
+
+def test_dem_without_anything_that_adds_it_is_refused(tmp_path):
+    run = Trainer(
+        adapted(), arguments(tmp_path), train_dataset=rows(), callbacks=[DynamicRankCallback()]
+    )
+    with pytest.raises(ValueError, match=r"dem_weight = 0\.3, but nothing adds DEM to the loss"):
+        run.train()
+
+
+def test_a_trained_adapter_does_not_start_again(tmp_path):
+    run = trainer(tmp_path)
+    run.train()
+    with pytest.raises(ValueError, match="has 12 steps of training behind it, and Trainer starts"):
+        trainer(tmp_path, run.model).train()
+
+
+def test_resuming_another_schedule_is_refused(tmp_path):
+    trainer(tmp_path, save_strategy="steps", save_steps=4).train()
+    longer = trainer(tmp_path / "longer", num_train_epochs=4)
+    with pytest.raises(ValueError, match="4 steps so far were taken with another schedule"):
+        longer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_resuming_other_ranks_is_refused(tmp_path):
+    trainer(tmp_path, save_strategy="steps", save_steps=4).train()
+    with pytest.raises(ValueError, match="the checkpoint is of other ranks or targets"):
+        trainer(tmp_path / "wider", adapted(init_r=4)).train(str(tmp_path / "checkpoint-4"))
+
+
+def test_a_model_without_the_adapter_is_refused_when_the_trainer_is_made(tmp_path):
+    with pytest.raises(TypeError, match="RobertaForSequenceClassification has no dynamic-rank"):
+        trainer(tmp_path, base_model())
+
+
+def test_sharded_parameters_are_refused(tmp_path):
+    run = trainer(tmp_path)
+    run.args.fsdp = "full_shard"
+    with pytest.raises(ValueError, match="FSDP and DeepSpeed shard the components"):
+        DynamicRankCallback().on_train_begin(run.args, run.state, run.control, model=run.model)
+
+
+def test_a_step_belongs_to_the_trainer_as_to_the_schedule(tmp_path):
+    """PEFT and transformers pinned: the callback's t is Trainer's global_step, from 1 to T."""
+    steps = []
+
+    class Steps(DynamicRankCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            steps.append(state.global_step)
+            super().on_step_end(args, state, control, model=model, **kwargs)
+
+    run = trainer(tmp_path, gradient_accumulation_steps=2)
+    run.remove_callback(PrinterCallback)
+    run.remove_callback(DynamicRankCallback)
+    run.add_callback(Steps(adds_dem=True))
+    run.train()
+    assert steps == list(range(1, run.state.max_steps + 1)), (
+        "Trainer calls on_step_end at other moments than after each optimizer step: the allocator "
+        "would score and prune at the wrong steps"
+    )
