@@ -72,6 +72,9 @@ def export_lora(
     adapter_name: of a PeftModel with several. base_model, task and metric ({"accuracy": 0.93}) are
     for the card and, base_model, for PEFT; by default it is the name the model was loaded from.
 
+    To publish, huggingface_hub.upload_folder takes the folder as it is. push_to_hub of the loaded
+    PeftModel works as always, with a card of PEFT's own.
+
     Files, each written whole: adapter_config.json, adapter_model.safetensors, README.md (the card)
     and rank_map.png. Raises, before anything is written: ValueError if nothing survives (LoRA has
     no rank 0), or pruning has not ended; TypeError for a model without components; FileExistsError
