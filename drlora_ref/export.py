@@ -13,6 +13,7 @@ from huggingface_hub import ModelCardData
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from drlora_ref.inject import HEADS, in_head
 from drlora_ref.layer import RankOneComponents, dynamic_layers
@@ -39,9 +40,7 @@ it needs nothing but PEFT.
 
 ```python
 from peft import PeftModel
-from transformers import {model_class}
-
-base = {model_class}.from_pretrained("{base}"{labels})
+{make_base}
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 """
@@ -188,8 +187,6 @@ def _card(model, config, ranks, uniform, task, metric) -> str:
         library_name="peft",
         tags=["lora", "dynamic-rank", "arxiv:2405.17357"],
     )
-    labels = getattr(getattr(plain, "config", None), "num_labels", None)
-    of_labels = f", num_labels={labels}" if "Classification" in type(plain).__name__ else ""
     pattern = "whose matrices have ranks of their own (`rank_pattern`)"
     return CARD.format(
         front=front.to_yaml(),
@@ -199,10 +196,18 @@ def _card(model, config, ranks, uniform, task, metric) -> str:
         mean=sum(ranks.values()) / len(ranks),
         form=f"of rank {config.r}, filled up with zeros" if uniform else pattern,
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
-        model_class=type(plain).__name__,
-        base=(Path(base).name if is_local else base) or "name-of-the-base-model",
-        labels=of_labels,
+        make_base=_make_base(plain, Path(base).name if is_local else base),
     )
+
+
+def _make_base(model: nn.Module, name: str | None) -> str:
+    """The lines of Python that make the base model."""
+    kind = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        return f"base = ...  # the {kind} that was adapted"
+    labels = f", num_labels={model.config.num_labels}" if "Classification" in kind else ""
+    load = f'{kind}.from_pretrained("{name or "name-of-the-base-model"}"{labels})'
+    return f"from transformers import {kind}\n\nbase = {load}"
 
 
 def _write(folder: Path, config: LoraConfig, tensors, card: str, ranks: dict[str, int]) -> None:

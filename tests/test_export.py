@@ -187,6 +187,7 @@ def test_a_name_that_ends_another_is_not_adapted_by_mistake(emptied, tmp_path):
     other = loaded(tmp_path / "out", Nested())
     torch.testing.assert_close(other(x), model(x), atol=1e-5, rtol=0)
     assert type(other.get_submodule(f"base_model.model.{emptied}")) is nn.Linear
+    assert "base = ...  # the Nested that was adapted" in (tmp_path / "out/README.md").read_text()
 
 
 def test_ranks_belong_to_whole_names_not_to_ends(tmp_path):
