@@ -13,7 +13,7 @@ def folded(layer):
 def training_step(model, batch, optimizer, step):
     loss = model(**batch).loss
     if not model.schedule().pruning_ended(step):
-        loss = loss + 0.15 * model.dem_loss()
+        loss = loss + dem_weight * model.dem_loss()
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
