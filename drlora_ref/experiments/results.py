@@ -100,7 +100,7 @@ def _further_metrics_at_best(record: dict) -> dict[str, float]:
 
 
 def _steps_per_second(record: dict) -> float:
-    if "seconds" not in record:
+    if "seconds" not in record or record.get("replicas", 1) > 1:  # then seconds are of all
         return math.nan
     training = record["seconds"] - record.get("evaluation_seconds", 0)
     return record["steps"] / training if training > 0 else math.nan

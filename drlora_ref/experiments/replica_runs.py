@@ -1,0 +1,111 @@
+"""Several runs as replicas on one encoder: which may share it, and a record for each."""
+
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from accelerate.utils import set_seed
+
+from drlora_ref.experiments import replicas, runs
+from drlora_ref.experiments.checkpoints import Checkpoint
+from drlora_ref.experiments.replica_loop import OWN, ReplicaLoop
+from drlora_ref.experiments.settings import FAMILIES, NOT_IN_KEY, Settings
+
+REPLICATED = ("drlora", "lora")  # methods that can be replicas
+PLACES = ("output_dir", "overwrite")  # where a run is kept
+
+
+def shared_settings(settings: Settings) -> dict:
+    """What two runs must have in common to be replicas of one pass.
+
+    >>> shared_settings(Settings(seed=1)) == shared_settings(Settings(seed=2, method="lora"))
+    True
+    """
+    return {k: v for k, v in asdict(settings).items() if k not in (*OWN, *PLACES)}
+
+
+def check_replicas(settings: list[Settings]) -> None:
+    """Raise ValueError, naming what differs, unless these runs may share one encoder."""
+    if not settings:
+        raise ValueError("replicas: at least one run is needed")
+    for one in settings:
+        if one.method not in REPLICATED:
+            methods = " and ".join(REPLICATED)
+            raise ValueError(f"method = {one.method!r}: only {methods} can be replicas")
+        if one.task not in FAMILIES or FAMILIES[one.task].__name__.split(".")[-1] != "tasks":
+            raise ValueError(f"task = {one.task!r}: only classifiers of GLUE can be replicas")
+    first = shared_settings(settings[0])
+    for one in settings[1:]:
+        here = shared_settings(one)
+        if differ := [k for k in first if first[k] != here[k]]:
+            named = ", ".join(f"{k}: {first[k]!r} and {here[k]!r}" for k in differ)
+            raise ValueError(
+                f"replicas share one encoder and one pass, but these runs differ in {named}; "
+                f"they may differ in {', '.join(OWN)}"
+            )
+
+
+def set_up_replicas(settings: list[Settings]) -> tuple[list[runs.Job], ReplicaLoop]:
+    """Look everything up, and put what all of these runs train into one model.
+
+    Raises, before any training: as check_replicas and runs.set_up, ValueError for runs whose
+    numbers of steps differ, or in several processes.
+    """
+    check_replicas(settings)
+    jobs, parts = [], []
+    for one in settings:
+        job = runs.set_up(one)
+        parts.append(replicas.take_apart(job.prepared))
+        jobs.append(replace(job, prepared=None))  # its own copy of the encoder can go
+    steps = {job.schedule.total_steps for job in jobs}
+    if len(steps) > 1:
+        raise ValueError(f"replicas take their steps together, but these runs have {sorted(steps)}")
+    if jobs[0].accelerator.num_processes > 1:
+        raise ValueError("replicas train on one device: start one process, not several")
+    model, _ = FAMILIES[settings[0].task].load_model(jobs[0].source, settings[0].task)
+    replicas.replicate(model, parts, settings[0].lora_dropout)
+    set_seed(settings[0].seed)  # of dropout
+    loop = ReplicaLoop(
+        model,
+        [job.inputs for job in jobs],
+        [job.schedule for job in jobs],
+        settings,
+        [part.prunes for part in parts],
+        jobs[0].accelerator,
+        _checkpoint(jobs),
+    )
+    return jobs, loop
+
+
+def run_replicas(settings: list[Settings]) -> list[dict]:
+    """Train these runs in one pass; returns their records, each then in its own folder.
+
+    Each record is what the run would have written alone, keyed as ever, and says of how many
+    replicas it was one. Killed, the same call goes on from the checkpoint in the first folder.
+    Raises before any training, as set_up_replicas; BlockingIOError if another process is at work
+    in one of the folders.
+    """
+    jobs, loop = set_up_replicas(settings)
+    with ExitStack() as claims:
+        for job in jobs:
+            claims.enter_context(runs.claim(job.folder))
+        results = loop.run()
+        records = [runs.write(job, result) for job, result in zip(jobs, results, strict=True)]
+        loop.checkpoint.remove()
+    return records
+
+
+def _checkpoint(jobs: list[runs.Job]) -> Checkpoint:
+    """One for all replicas, in the folder of the first."""
+    shared = {k: v for k, v in shared_settings(jobs[0].settings).items() if k not in NOT_IN_KEY}
+    accelerator = jobs[0].accelerator
+    return Checkpoint(
+        Path(jobs[0].folder),
+        {
+            **shared,
+            "replicas": [job.key for job in jobs],
+            "code": runs.code_hash(),
+            "device": accelerator.device.type,
+            "mixed_precision": accelerator.mixed_precision,
+        },
+    )

@@ -1,0 +1,191 @@
+"""Many runs at once on one frozen encoder: what each of them trains gets a leading dimension R.
+
+The runs of a table differ in seed, learning rate, score or budget, and all of them read through the
+same frozen weights. So the encoder sees one batch of R · B sequences, replica by replica, and only
+the small trained parts know that there are R: components and head are stacked, (R, r, d_in) instead
+of (r, d_in). The gradient of a sum of R losses, each of its own sequences, is R gradients: no
+replica can see another.
+
+    x (R · B, length, d_in) -> W0 x, as ever                                   one large product
+                             + scaling · B diag(c) A x, R small ones side by side
+
+Here is what stands in the model; replica_loop.py trains it.
+"""
+
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from drlora_ref.experiments.methods import Prepared
+from drlora_ref.inject import in_head
+from drlora_ref.layer import dynamic_layers
+
+
+class Part(NamedTuple):
+    """What one run trains, taken out of its model: its components by matrix, and its head.
+
+    components: {name: (lora_A (r, d_in), lora_B (d_out, r), lora_c (r,), scaling)}; LoRA's c is 1
+    and `prunes` False: it is not trained. head: {name of the parameter: its tensor}.
+    """
+
+    components: dict[str, tuple[Tensor, Tensor, Tensor, float]]
+    head: dict[str, Tensor]
+    prunes: bool
+
+
+def take_apart(prepared: Prepared) -> Part:
+    """The Part of a run that methods.prepare made ready: drlora or lora.
+
+    Raises ValueError for another method: nothing else of the paper fits on a shared encoder as
+    rank-1 components.
+    """
+    model = prepared.model
+    if layers := dynamic_layers(model):
+        parts = {n: (m.lora_A, m.lora_B, m.lora_c, m.scaling) for n, m in layers.items()}
+    else:
+        lora = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+        parts = {n.removeprefix("base_model.model."): _as_components(m) for n, m in lora.items()}
+    head = {
+        name.removeprefix("base_model.model.").replace("modules_to_save.default.", ""): p
+        for name, p in model.named_parameters()
+        if p.requires_grad and in_head(name)
+    }
+    trained = sum(p.requires_grad for p in model.parameters())
+    if not parts or trained != len(head) + len(parts) * (3 if layers else 2):
+        raise ValueError("only drlora and lora can be replicas on one encoder, run others singly")
+    return Part(
+        {n: (*(t.detach() for t in part[:3]), part[3]) for n, part in parts.items()},
+        {n: p.detach() for n, p in head.items()},
+        bool(layers),
+    )
+
+
+def _as_components(layer: LoraLayer) -> tuple[Tensor, Tensor, Tensor, float]:
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return A, B, torch.ones_like(A[:, 0]), layer.scaling["default"]
+
+
+class Replicated(nn.Module):
+    """A module that holds R of what it trains, and computes all of them or `only` one.
+
+    Shapes: x (R · B, ..., d_in), replica by replica -> (R · B, ..., d_out); with only = i all of x
+    belongs to replica i.
+    """
+
+    only: int | None = None
+
+    def mine(self, stacked: Tensor) -> Tensor:
+        """What of a tensor (R, ...) takes part: all, or (1, ...) of the one."""
+        return stacked if self.only is None else stacked[self.only : self.only + 1]
+
+
+class ReplicatedLoRALinear(Replicated):
+    """One frozen linear layer with the components of R runs (Eq. 6, R times).
+
+    Fewer components than the largest r are filled up with zeros, and stay zero: a component whose
+    a, b and c are all 0 has no gradient. component_mask (R, r) is False for them.
+    """
+
+    def __init__(self, base_layer: nn.Linear, parts: list[tuple], lora_dropout: float):
+        super().__init__()
+        self.base_layer = base_layer.requires_grad_(False)
+        self.lora_dropout = nn.Dropout(lora_dropout)
+        r = max(len(c) for _, _, c, _ in parts)
+        like = dict(device=base_layer.weight.device)
+
+        def stack(tensors, widen) -> Tensor:
+            return torch.stack([widen(t, r) for t in tensors]).to(**like)
+
+        As, Bs, cs, scalings = zip(*parts, strict=True)
+        self.lora_A = nn.Parameter(stack(As, lambda t, r: F.pad(t, (0, 0, 0, r - len(t)))))
+        self.lora_B = nn.Parameter(stack(Bs, lambda t, r: F.pad(t, (0, r - t.shape[1]))))
+        self.lora_c = nn.Parameter(stack(cs, lambda t, r: F.pad(t, (0, r - len(t)))))
+        sizes = torch.tensor([[len(c)] for c in cs])
+        self.register_buffer("component_mask", (torch.arange(r) < sizes).to(**like))
+        self.register_buffer("scaling", torch.tensor(scalings).to(self.lora_c))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.base_layer(x)
+        A, B, c = map(self.mine, (self.lora_A, self.lora_B, self.lora_c))
+        c = self.mine(self.scaling).unsqueeze(1) * c
+        rows = x.to(A.dtype).reshape(len(A), -1, x.shape[-1])  # (R, B · length, d_in)
+        z = (self.lora_dropout(rows) @ A.mT) * c.unsqueeze(1)  # (R, B · length, r)
+        return result + (z @ B.mT).reshape(result.shape).to(result.dtype)
+
+
+class ReplicatedLinear(Replicated):
+    """R linear layers of a head side by side: weight (R, d_out, d_in), bias (R, d_out)."""
+
+    def __init__(self, weights: list[Tensor], biases: list[Tensor], device: torch.device):
+        super().__init__()
+        self.weight = nn.Parameter(torch.stack(weights).to(device))
+        self.bias = nn.Parameter(torch.stack(biases).to(device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.mine(self.weight), self.mine(self.bias)
+        rows = x.reshape(len(weight), -1, x.shape[-1]).to(weight.dtype)
+        rows = torch.baddbmm(bias.unsqueeze(1), rows, weight.mT)
+        return rows.reshape(*x.shape[:-1], -1)
+
+
+def replicate(model: nn.Module, parts: list[Part], lora_dropout: float) -> nn.Module:
+    """Put the parts of R runs into one plain model, in place, and freeze all else; returns it.
+
+    Raises ValueError if the runs adapt other matrices, or the head is more than linear layers.
+    """
+    names = list(parts[0].components)
+    if any(list(part.components) != names for part in parts):
+        raise ValueError("replicas must adapt the same matrices: these runs differ")
+    model.requires_grad_(False)
+    for name in names:
+        components = [part.components[name] for part in parts]
+        adapted = ReplicatedLoRALinear(model.get_submodule(name), components, lora_dropout)
+        model.set_submodule(name, adapted)
+    left = set(parts[0].head)
+    for name, module in list(model.named_modules()):
+        weight, bias = f"{name}.weight", f"{name}.bias"
+        if isinstance(module, nn.Linear) and {weight, bias} <= left:
+            values = ([part.head[n] for part in parts] for n in (weight, bias))
+            model.set_submodule(name, ReplicatedLinear(*values, module.weight.device))
+            left -= {weight, bias}
+    if left:
+        raise ValueError(f"the head's {', '.join(sorted(left))} cannot be replicated: run singly")
+    return model
+
+
+def replicated_layers(model: nn.Module) -> dict[str, ReplicatedLoRALinear]:
+    """The adapted layers by name, in the order that decides ties (as layer.dynamic_layers)."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, ReplicatedLoRALinear)}
+
+
+@contextmanager
+def only(model: nn.Module, replica: int):
+    """Within, the model is that one replica's: an ordinary model of B sequences."""
+    modules = [m for m in model.modules() if isinstance(m, Replicated)]
+    for module in modules:
+        module.only = replica
+    try:
+        yield model
+    finally:
+        for module in modules:
+            module.only = None
+
+
+def losses(logits: Tensor, labels: Tensor, replicas: int) -> Tensor:
+    """Each replica's mean loss: (R,), of logits (R · B, classes), or (R · B, 1) for a score.
+
+    As transformers' classifiers compute it: cross-entropy, or the squared error of a score.
+
+    >>> losses(torch.tensor([[0.0], [2.0]]), torch.tensor([1.0, 1.0]), replicas=2)
+    tensor([1., 1.])
+    """
+    logits = logits.float()
+    if logits.shape[-1] == 1:
+        each = (logits.squeeze(-1) - labels.float()).square()
+    else:
+        each = F.cross_entropy(logits, labels, reduction="none")
+    return each.reshape(replicas, -1).mean(dim=1)

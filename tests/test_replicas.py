@@ -1,0 +1,294 @@
+"""Many runs on one encoder: each as if it were alone, whatever the others do."""
+
+import dataclasses
+
+import pytest
+import torch
+from test_loop import TIMES, still_model, without_times
+from torch import nn
+
+from drlora_ref.experiments import replicas, results, runs
+from drlora_ref.experiments.replica_runs import check_replicas, run_replicas, set_up_replicas
+from drlora_ref.experiments.replica_step import ReplicaAdamW, clip_gradients, rate_factor
+from drlora_ref.experiments.settings import Settings
+from drlora_ref.layer import dynamic_layers
+from drlora_ref.train import train
+
+# Sixty steps: pruning events from step 9 on, the last one at step 30, the mask fixed after it.
+BASE = Settings(
+    task="cola", data_dir="generated", model_name="tiny-roberta", max_steps=60, deltaT=4,
+    learning_rate=1e-2, lora_alpha=32.0, dem_weight=0.3, checkpoint_every=7,
+)  # fmt: skip
+# Whatever may differ, differs here.
+DIFFERENT = [
+    dict(seed=0),
+    dict(seed=1, learning_rate=5e-3, dem_weight=0.0),
+    dict(seed=2, method="lora"),
+    dict(seed=3, init_r=5, target_r=2, score="abs_c"),
+    dict(seed=4, curve="adalora", score="random"),
+    dict(seed=5, score="frobenius_norm", target_r=1),
+]
+
+
+def settings(folder, *changes, **given) -> list[Settings]:
+    base = dataclasses.replace(BASE, **given)
+    return [
+        dataclasses.replace(base, output_dir=str(folder / str(i)), **change)
+        for i, change in enumerate(changes)
+    ]
+
+
+@pytest.fixture(scope="module")
+def still(tmp_path_factory):
+    """A tiny encoder without dropout: random numbers are drawn otherwise for six than for one."""
+    folder = tmp_path_factory.mktemp("still")
+    still_model(folder)
+    return dict(model_name=str(folder), lora_dropout=0.0)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory, still):
+    """Six different replicas trained in one pass: (loop, what it gave)."""
+    _, loop = set_up_replicas(settings(tmp_path_factory.mktemp("six"), *DIFFERENT, **still))
+    return loop, loop.run()
+
+
+@pytest.mark.parametrize("i", range(len(DIFFERENT)))
+def test_each_replica_follows_the_page_long_loop(i, together, still, tmp_path):
+    (alone,) = settings(tmp_path, DIFFERENT[i], **still)
+    job, (loop, found) = runs.set_up(alone), together
+    model, allocator = job.prepared.model, job.prepared.allocator
+    record = train(
+        model,
+        *job.inputs,
+        job.schedule,
+        allocator,
+        dem_weight=alone.dem_weight if allocator else 0.0,
+        learning_rate=alone.learning_rate,
+        batch_size=alone.batch_size,
+        seed=alone.seed,
+    )
+    assert found[i]["status"] == record["status"] != "diverged" and record["steps"] == 60
+    theirs = torch.tensor(record["loss_curve"])
+    torch.testing.assert_close(torch.tensor(found[i]["loss_curve"]), theirs, atol=3e-5, rtol=0)
+    assert found[i]["budget_curve"] == record["budget_curve"]
+    assert found[i]["best"] == pytest.approx(record["best"])
+    if allocator:
+        assert found[i]["rank_pattern"] == record["rank_pattern"]
+        for name, layer in dynamic_layers(model).items():
+            r = len(layer.lora_c)
+            for here, there in (
+                (loop.layers[name].lora_A[i, :r], layer.lora_A),
+                (loop.layers[name].lora_B[i, :, :r], layer.lora_B),
+                (loop.layers[name].lora_c[i, :r], layer.lora_c),
+            ):
+                torch.testing.assert_close(here, there, atol=1e-5, rtol=0)
+
+
+def test_padding_stays_zero_and_loras_c_stays_one(together):
+    loop, _ = together
+    for layer in loop.layers.values():
+        for i, change in enumerate(DIFFERENT):
+            r = 2 if change.get("method") == "lora" else change.get("init_r", 3)
+            assert not layer.lora_A[i, r:].any() and not layer.lora_B[i, :, r:].any()
+            assert not layer.lora_c[i, r:].any() and layer.lora_A[i, :r].any()
+        assert torch.equal(layer.lora_c[2], torch.tensor([1.0, 1, 0, 0, 0]))
+
+
+def bits(loop, i: int) -> list[torch.Tensor]:
+    tensors = [*loop.trainable.values(), *(m.component_mask for m in loop.layers.values())]
+    return [t[i].detach().clone() for t in tensors]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(learning_rate=3e-3, dem_weight=0.1, score="abs_c", curve="adalora"),
+        dict(method="lora"),
+        dict(learning_rate=1e30),  # which diverges
+    ],
+)
+def test_what_one_replica_does_changes_no_bit_of_the_others(change, tmp_path):
+    """With dropout, pruning and the freeze."""
+
+    def run(folder, second):
+        changes = dict(seed=0), second, dict(seed=2)
+        _, loop = set_up_replicas(settings(tmp_path / folder, *changes, max_steps=40))
+        return loop, loop.run()
+
+    before, found_before = run("before", dict(seed=1))
+    after, found_after = run("after", dict(seed=1) | change)
+    for i in (0, 2):
+        assert all(map(torch.equal, bits(before, i), bits(after, i)))
+        assert found_before[i]["loss_curve"] == found_after[i]["loss_curve"]
+        assert found_before[i]["evaluations"] == found_after[i]["evaluations"]
+    assert not all(map(torch.equal, bits(before, 1), bits(after, 1)))
+
+
+def test_a_replica_that_diverges_is_flagged_and_the_others_finish(tmp_path, capsys):
+    records = run_replicas(
+        settings(tmp_path, dict(seed=0), dict(seed=1, learning_rate=1e30), max_steps=40)
+    )
+    assert [r["status"] for r in records] != ["diverged", "diverged"]
+    assert records[1]["status"] == "diverged" and records[1]["best"] is None
+    assert records[1]["flagged_at"] < 10 and None in records[1]["loss_curve"]
+    assert records[0]["steps"] == 40 and records[0]["best"] is not None
+    assert sum(records[0]["rank_pattern"].values()) == 12 * 2
+    assert f"replica 1 diverged at step {records[1]['flagged_at']}" in capsys.readouterr().out
+
+
+def test_records_are_those_of_single_runs_and_say_how_many_shared(tmp_path, still):
+    given = settings(tmp_path, *DIFFERENT[:2], **still, max_steps=8)
+    records = run_replicas(given)
+    for one, record in zip(given, records, strict=True):
+        alone = runs.run(dataclasses.replace(one, output_dir=one.output_dir + "-alone"))
+        assert record["key"] == alone["key"] and record.keys() - alone.keys() == {"replicas"}
+        assert record["replicas"] == 2
+        assert record["trainable_parameters"] == alone["trainable_parameters"]
+        assert record["parameters"]["seed"] == one.seed
+    table = results.load(tmp_path)
+    assert len(table) == 4 and table.steps_per_second.isna().sum() == 2  # no single run's speed
+    assert not list(tmp_path.rglob("checkpoint.pt"))
+
+
+class Cut(Exception):
+    pass
+
+
+def cut_after(monkeypatch, step: int) -> None:
+    """Makes ReplicaLoop stop dead in the middle of a step."""
+    from drlora_ref.experiments.replica_loop import ReplicaLoop
+
+    whole = ReplicaLoop._optimizer_step
+
+    def cut(self, group):
+        if self.step == step:
+            raise Cut
+        return whole(self, group)
+
+    monkeypatch.setattr(ReplicaLoop, "_optimizer_step", cut)
+
+
+@pytest.mark.parametrize("step", [9, 26])
+def test_a_pass_that_was_cut_goes_on_to_the_same_records(step, tmp_path, monkeypatch):
+    changes = [DIFFERENT[0], DIFFERENT[4], dict(seed=7, learning_rate=1e30)]
+    whole = run_replicas(settings(tmp_path / "whole", *changes, max_steps=40))
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        cut_after(patch, step)
+        run_replicas(settings(tmp_path / "cut", *changes, max_steps=40))
+    resumed = run_replicas(settings(tmp_path / "cut", *changes, max_steps=40))
+    for one, other in zip(whole, resumed, strict=True):
+        assert without_times(one) == without_times(other)
+    assert "seconds" in TIMES
+
+
+def test_a_checkpoint_of_other_replicas_is_refused(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        cut_after(patch, 9)
+        run_replicas(settings(tmp_path, dict(seed=0), dict(seed=1), max_steps=40))
+    with pytest.raises(ValueError, match=r"is of another run .*replicas"):
+        run_replicas(settings(tmp_path, dict(seed=0), dict(seed=2), max_steps=40))
+
+
+def test_accumulated_batches_make_the_step_of_one_large_batch(tmp_path, still):
+    losses = []
+    for k in (1, 4):
+        given = dict(still, max_steps=12, batch_size=16 // k, grad_accumulation=k)
+        _, loop = set_up_replicas(settings(tmp_path / str(k), *DIFFERENT[:3], **given))
+        losses.append(torch.tensor([found["loss_curve"] for found in loop.run()]))
+    torch.testing.assert_close(*losses, atol=3e-5, rtol=0)
+
+
+def test_clipping_and_adamw_are_torchs_for_each_replica():
+    torch.manual_seed(0)
+    stacked = [nn.Parameter(torch.randn(3, 4, 5)), nn.Parameter(torch.randn(3, 2))]
+    singles = [[nn.Parameter(p[i].detach().clone()) for p in stacked] for i in range(3)]
+    rates = torch.tensor([1e-1, 1e-2, 0.0])
+    ours = ReplicaAdamW(stacked, rates, weight_decay=0.1)
+    theirs = [
+        torch.optim.AdamW(single, lr=float(rate), weight_decay=0.1)
+        for single, rate in zip(singles, rates, strict=True)
+    ]
+    for step in range(20):
+        gradients = [torch.randn_like(p) * 10 ** (step % 3 - 1) for p in stacked]
+        for p, gradient in zip(stacked, gradients, strict=True):
+            p.grad = gradient.clone()
+        norms = clip_gradients(stacked, max_norm=1.0)
+        ours.step(1.0)
+        for i, (single, optimizer) in enumerate(zip(singles, theirs, strict=True)):
+            for p, gradient in zip(single, gradients, strict=True):
+                p.grad = gradient[i].clone()
+            torch.testing.assert_close(nn.utils.clip_grad_norm_(single, 1.0), norms[i])
+            optimizer.step()
+    for i, single in enumerate(singles):
+        for p, q in zip(stacked, single, strict=True):
+            torch.testing.assert_close(p[i], q, atol=1e-6, rtol=1e-5)
+
+
+def test_the_learning_rate_rises_and_falls_as_transformers_has_it():
+    from transformers import get_linear_schedule_with_warmup
+
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, 3, 20)
+    for step in range(1, 21):
+        assert rate_factor(step, 3, 20) == pytest.approx(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+
+
+def test_within_only_the_model_is_one_replicas(together):
+    loop, _ = together
+    ids = torch.arange(4, 12).repeat(2, 1)
+    loop.model.eval()
+    with torch.no_grad():
+        all_six = loop.model(input_ids=ids.repeat(6, 1)).logits.reshape(6, 2, -1)
+        for i in range(6):
+            with replicas.only(loop.model, i):
+                torch.testing.assert_close(loop.model(input_ids=ids).logits, all_six[i])
+    assert not torch.allclose(all_six[0], all_six[1])
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(model_name="minilm-l6"), "model_name: 'tiny-roberta' and 'minilm-l6'"),
+        (dict(task="sst2"), "task: 'cola' and 'sst2'"),
+        (dict(batch_size=8), "batch_size: 16 and 8"),
+        (dict(max_steps=50), "max_steps: 60 and 50"),
+        (dict(deltaT=5, beta=0.5), r"deltaT: 4 and 5, beta: 0\.9 and 0\.5"),
+        (dict(method="full"), "method = 'full': only drlora and lora can be replicas"),
+        (dict(task="squad_v1"), "task = 'squad_v1': only classifiers of GLUE"),
+    ],
+)
+def test_runs_that_cannot_share_are_refused_by_what_differs(change, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run_replicas(settings(tmp_path, {}, change))
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_replica_at_all_is_refused():
+    with pytest.raises(ValueError, match="at least one run is needed"):
+        check_replicas([])
+
+
+def test_a_record_that_is_there_is_kept(tmp_path):
+    given = settings(tmp_path, dict(seed=0), dict(seed=1), max_steps=4)
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "record.json").write_text('{"precious": 1}')
+    with pytest.raises(FileExistsError, match="holds a record already"):
+        run_replicas(given)
+    assert not (tmp_path / "0" / "record.json").exists()
+
+
+def test_a_head_of_more_than_linear_layers_is_refused():
+    model = nn.ModuleDict({"query": nn.Linear(4, 4), "classifier": nn.LayerNorm(4)})
+    part = replicas.Part(
+        {"query": (torch.ones(2, 4), torch.ones(4, 2), torch.ones(2), 1.0)},
+        {"classifier.weight": torch.ones(4), "classifier.bias": torch.ones(4)},
+        True,
+    )
+    with pytest.raises(ValueError, match=r"head's classifier\.bias, classifier\.weight cannot be"):
+        replicas.replicate(model, [part, part], 0.0)
