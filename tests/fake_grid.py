@@ -66,7 +66,7 @@ def pretend(monkeypatch, fails=(), writes=True, **fields) -> list[jobs.Task]:
     started = []
 
     def start(tasks):
-        for number, task in enumerate(tasks):
+        for number, (task,) in enumerate(tasks):
             started.append(task)
             log = Path("log.err")
             seed = task.parameters["seed"]

@@ -21,6 +21,7 @@ from fake_grid import files, pretend, write_grid, write_notebook
 from drlora_ref.experiments import jobs, results
 from drlora_ref.experiments.__main__ import main
 from drlora_ref.experiments.grid import run_grid
+from drlora_ref.experiments.plans import Run, pack, plan, read_grid
 from drlora_ref.experiments.records import read_record
 from drlora_ref.experiments.runs import claim, code_hash
 from drlora_ref.experiments.settings import Settings
@@ -196,7 +197,7 @@ def test_never_more_jobs_at_once_than_workers_and_each_worker_has_a_gpu(workers,
     monkeypatch.setattr(submitit, "LocalExecutor", Counted)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7a")
     started = threading.active_count()
-    ended = dict(jobs.on_this_machine([f"task {n}" for n in range(7)], Path("logs"), workers))
+    ended = dict(jobs.on_this_machine([[f"task {n}"] for n in range(7)], Path("logs"), workers))
     assert sorted(ended) == list(range(7)) and threading.active_count() == started
     assert Counted.most == workers and Counted.running == 0
     assert set(Counted.environments) == {"5", "GPU-7a"} if workers > 1 else {"5"}
@@ -280,7 +281,7 @@ def test_a_preempted_job_is_queued_again_and_goes_on():
     executor.update_parameters(timeout_min=60)
     folder = Path("runs/grid/seed50-0123")
     task = jobs.Task(Path("fake.ipynb"), folder, {"seed": 50})
-    job = executor.submit(jobs.NotebookJob(), task, {}, os.getpid())
+    job = executor.submit(jobs.GridJob(), [task], {}, os.getpid())
     wait_for(kernels)
     (process,) = psutil.Process(int(job.job_id)).children()
     process.send_signal(
@@ -380,7 +381,7 @@ def test_whoever_stops_listening_cancels_what_is_left_in_the_queue(slurm):
     tasks = [
         jobs.Task(Path("fake.ipynb"), Path(f"runs/grid/seed{n}-0"), {"seed": n}) for n in (1, 50)
     ]
-    ended = start(tasks)
+    ended = start([[task] for task in tasks])
     number, job = next(ended)
     assert number == 0 and jobs.error_of(job) == ""
     wait_for(kernels)
@@ -390,6 +391,41 @@ def test_whoever_stops_listening_cancels_what_is_left_in_the_queue(slurm):
 
 
 # The real thing, small
+
+
+def test_replicas_leave_the_records_of_single_runs(capsys):
+    """Three seeds of one task by twos; a method that cannot share runs by itself."""
+    small = dict(data_dir="generated", model_name="tiny-roberta", max_steps=8, deltaT=2)
+    notebook = os.path.relpath(ROOT / "notebooks" / "10_roberta_glue.ipynb")
+    grid = dict(notebook=notebook, parameters=small, vary={"seed": [0, 1, 2]})
+    file = write_grid(**grid)
+    assert main(["grid", file, "--replicas", "3"]) == 0
+    assert "3 done, 0 skipped" in capsys.readouterr().out
+    found = [read_record(folder) for folder in Path("runs/grid").glob("seed*-*")]
+    assert sorted(r["seed"] for r in found) == [0, 1, 2] and {r["replicas"] for r in found} == {3}
+    assert main(["grid", file]) == 0  # the same runs, singly: they are done
+    assert "0 done, 3 skipped" in capsys.readouterr().out
+
+
+def test_only_runs_that_may_share_an_encoder_are_packed_and_never_too_many():
+    def of(label, encoder):
+        return Run(label, label, 5, None, encoder)
+
+    planned = [of("a1", "a"), of("b1", "b"), of("x", None), of("a2", "a"), of("a3", "a"),
+               of("y", None), of("b2", "b"), of("a4", "a")]  # fmt: skip
+    labels = [[run.label for run in one] for one in pack(planned, 2)]
+    assert labels == [["a1", "a2"], ["b1", "b2"], ["x"], ["a3", "a4"], ["y"]]
+    assert [len(one) for one in pack(planned, 1)] == [1] * 8
+
+
+def test_a_plan_says_which_runs_may_share(monkeypatch):
+    cases = [{"method": "drlora"}, {"method": "lora"}, {"method": "full"}]
+    file = write_grid(cases=cases, vary={"seed": [0, 1], "max_steps": [5, 6]})
+    by = {run.label: run.encoder for run in plan(read_grid(file), Path("runs"))}
+    shared = {label: encoder for label, encoder in by.items() if "full" not in label}
+    assert len(set(shared.values())) == 2  # five steps or six
+    assert by["drlora-seed0-max_steps5"] == by["lora-seed1-max_steps5"] is not None
+    assert not [encoder for label, encoder in by.items() if "full" in label and encoder]
 
 
 def test_a_real_grid_runs_notebook_10(capsys):

@@ -259,8 +259,8 @@ def test_within_only_the_model_is_one_replicas(together):
         (dict(batch_size=8), "batch_size: 16 and 8"),
         (dict(max_steps=50), "max_steps: 60 and 50"),
         (dict(deltaT=5, beta=0.5), r"deltaT: 4 and 5, beta: 0\.9 and 0\.5"),
-        (dict(method="full"), "method = 'full': only drlora and lora can be replicas"),
-        (dict(task="squad_v1"), "task = 'squad_v1': only classifiers of GLUE"),
+        (dict(method="full"), "method = 'full' on task = 'cola': only drlora and lora"),
+        (dict(task="squad_v1"), "on task = 'squad_v1': only drlora and lora on GLUE's tasks"),
     ],
 )
 def test_runs_that_cannot_share_are_refused_by_what_differs(change, message, tmp_path):

@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     grid.add_argument("file", help="a YAML file as in notebooks/grids")
     grid.add_argument("--out", default="", help="by default runs/ and the file's name")
     grid.add_argument("--workers", type=int, default=1, help="runs at a time")
+    grid.add_argument("--replicas", type=int, default=1, help="runs in one pass on one encoder")
     grid.add_argument("--cluster", choices=["local", "slurm"], default="local")
     grid.add_argument("--stale", action="store_true", help="repeat what other code has done")
     grid.add_argument("--dry-run", action="store_true", help="say what there is to do, and stop")
@@ -80,7 +81,8 @@ def _notebook(given: argparse.Namespace) -> int:
 
 
 def _grid(given: argparse.Namespace) -> int:
-    return run_grid(given.file, given.out, given.workers, given.cluster, given.stale, given.dry_run)
+    names = ("file", "out", "workers", "cluster", "stale", "dry_run", "replicas")
+    return run_grid(**{name: getattr(given, name) for name in names})
 
 
 def _complain(kind: str, what) -> int:

@@ -7,6 +7,7 @@ them are still to do, and the story as it goes. A run is done when its folder ho
 with its key, so the folder is all that is remembered from one call to the next.
 """
 
+import itertools
 import os
 import time
 from collections import Counter
@@ -15,7 +16,7 @@ from contextlib import closing
 from pathlib import Path
 
 from drlora_ref.experiments import jobs
-from drlora_ref.experiments.plans import Run, plan, read_grid
+from drlora_ref.experiments.plans import Run, pack, plan, read_grid
 from drlora_ref.experiments.records import read_record
 from drlora_ref.experiments.runs import claim, code_hash
 
@@ -50,16 +51,20 @@ def run_grid(
     cluster: str = "local",
     stale: bool = False,
     dry_run: bool = False,
+    replicas: int = 1,
 ) -> int:
     """Do what of a grid is not done yet; returns the exit status: 1 if a run failed, else 0.
 
     `out` is runs/<name of the file> by default; `stale` also repeats what other code has done.
+    With `replicas` above 1, up to so many runs that may share an encoder train in one pass and
+    leave a record each, without the executed notebook.
     Raises, before any work, what read_grid, plan and jobs.starter raise, and
     BlockingIOError if another grid is at work in `out`.
     """
     grid, out = read_grid(file), Path(out or Path("runs", Path(file).stem))
-    if workers < 1:
-        raise ValueError(f"workers = {workers}: must be at least 1")
+    for name, value in (("workers", workers), ("replicas", replicas)):
+        if value < 1:
+            raise ValueError(f"{name} = {value}: must be at least 1")
     if "cost" in grid:
         text = "cost: {optimizer_steps:,} optimizer steps, {gpu_hours:,} GPU hours; {basis}"
         print(text.format(**grid["cost"]), flush=True)
@@ -70,7 +75,7 @@ def run_grid(
         return _show(runs)
     out.mkdir(parents=True, exist_ok=True)
     with claim(out):
-        return _work(runs, start, stale)
+        return _work(runs, start, stale, replicas)
 
 
 def _show(runs: list[Run]) -> int:
@@ -81,7 +86,7 @@ def _show(runs: list[Run]) -> int:
     return 0
 
 
-def _work(runs: list[Run], start: Callable, stale: bool) -> int:
+def _work(runs: list[Run], start: Callable, stale: bool, replicas: int) -> int:
     code, counts, to_do, failures = code_hash(), Counter(), [], []
     for run in runs:
         state, note = state_of(run, code)
@@ -95,7 +100,7 @@ def _work(runs: list[Run], start: Callable, stale: bool) -> int:
             failures.append(f"{run.label}: {note}")
     done, interrupted = 0, False
     try:
-        for failure in _do(to_do, start, stale, code):
+        for failure in _do(pack(to_do, replicas), start, stale, code):
             done += not failure
             failures += [failure] if failure else []
     except KeyboardInterrupt:
@@ -108,26 +113,38 @@ def _work(runs: list[Run], start: Callable, stale: bool) -> int:
     return INTERRUPTED if interrupted else int(bool(failures))
 
 
-def _do(to_do: list[Run], start: Callable, stale: bool, code: str) -> Iterator[str]:
+def _do(packs: list[list[Run]], start: Callable, stale: bool, code: str) -> Iterator[str]:
     """Start these runs; as each ends, print a line and yield what went wrong, "" if nothing did."""
-    if not to_do:
+    if not packs:
         return
     given = {"overwrite": True} if stale else {}
-    tasks = [run.task._replace(parameters=run.task.parameters | given) for run in to_do]
-    began, steps, total = time.perf_counter(), 0, sum(run.steps for run in to_do)
+    tasks = [
+        [run.task._replace(parameters=run.task.parameters | given) for run in runs]
+        for runs in packs
+    ]
+    everything = [run for runs in packs for run in runs]
+    began, steps, total = time.perf_counter(), 0, sum(run.steps for run in everything)
+    numbers = itertools.count(1)
     with closing(start(tasks)) as ended:
-        for number, (place, job) in enumerate(ended, 1):
-            run, error = to_do[place], jobs.error_of(job)
-            state, note = state_of(run, code)
-            if not error and state not in (DONE, OTHER_CODE):
-                error = note or "the notebook ran to its end and wrote no record.json"
-            steps += run.steps
-            spent = time.perf_counter() - began
-            times = f"{_time(spent)} so far, about {_time(spent / steps * (total - steps))} left"
-            outcome = f"{FAILED}: {error}" if error else note
-            print(f"[{number}/{len(to_do)}] {run.label}: {outcome}; {times}", flush=True)
-            log = os.path.relpath(job.paths.stderr)
-            yield f"{run.label}: {error} (log: {log})" if error else ""
+        for place, job in ended:
+            for run in packs[place]:
+                error = _error(run, job, code)
+                steps += run.steps
+                spent = time.perf_counter() - began
+                times = (
+                    f"{_time(spent)} so far, about {_time(spent / steps * (total - steps))} left"
+                )
+                outcome = f"{FAILED}: {error}" if error else state_of(run, code)[1]
+                at = f"[{next(numbers)}/{len(everything)}]"
+                print(f"{at} {run.label}: {outcome}; {times}", flush=True)
+                log = os.path.relpath(job.paths.stderr)
+                yield f"{run.label}: {error} (log: {log})" if error else ""
+
+
+def _error(run: Run, job, code: str) -> str:
+    state, note = state_of(run, code)
+    wrote_none = "the notebook ran to its end and wrote no record.json"
+    return jobs.error_of(job) or ("" if state in (DONE, OTHER_CODE) else note or wrote_none)
 
 
 def _time(seconds: float) -> str:

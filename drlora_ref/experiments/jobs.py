@@ -25,6 +25,8 @@ import torch
 from papermill.exceptions import PapermillExecutionError
 
 from drlora_ref.experiments.notebooks import run_notebook
+from drlora_ref.experiments.replica_runs import run_replicas
+from drlora_ref.experiments.settings import Settings
 
 # What a grid file may ask of Slurm, and submitit's names for it.
 SLURM = {
@@ -49,25 +51,32 @@ class Task(NamedTuple):
     parameters: dict
 
 
-class NotebookJob(submitit.helpers.Checkpointable):
-    """The work of one process.
+class GridJob(submitit.helpers.Checkpointable):
+    """The work of one process: a run of the notebook, or several runs as replicas.
 
     Checkpointable: when Slurm preempts the job, or its time is up, it is queued again with the same
     arguments, and the run goes on from its own checkpoint.
     """
 
-    def __call__(self, task: Task, environment: dict[str, str], grid_pid: int = 0) -> None:
-        """Run the notebook; `grid_pid`: the process without which there is no point in going on."""
+    def __call__(self, tasks: list[Task], environment: dict[str, str], grid_pid: int = 0) -> None:
+        """Do these tasks; `grid_pid`: the process without which there is no point in going on."""
         os.environ.update(environment)  # the notebook's kernel inherits it
         if grid_pid:
             threading.Thread(target=_end_after, args=(grid_pid,), daemon=True).start()
-        if (task.folder / "record.json").exists() and not task.parameters.get("overwrite"):
-            return  # preempted between its record and its end
+        tasks = [task for task in tasks if not _is_done(task)]  # preempted before its end
+        if len(tasks) > 1:
+            run_replicas([Settings(**t.parameters, output_dir=str(t.folder)) for t in tasks])
+            return
         try:
-            run_notebook(task.notebook, task.folder, task.parameters)
+            for task in tasks:
+                run_notebook(task.notebook, task.folder, task.parameters)
         except PapermillExecutionError as error:
             print(error, file=sys.stderr)  # the cell and its traceback; then one line that says it
             raise RuntimeError(f"{error.ename}: {' '.join(error.evalue.split())}") from None
+
+
+def _is_done(task: Task) -> bool:
+    return (task.folder / "record.json").exists() and not task.parameters.get("overwrite")
 
 
 def _end_after(grid_pid: int) -> None:
@@ -78,9 +87,10 @@ def _end_after(grid_pid: int) -> None:
 
 
 def starter(cluster: str, logs: Path, workers: int, wishes: dict) -> Callable:
-    """The function that runs a list of Tasks on "local" or "slurm"; raises as slurm_executor.
+    """The function that runs lists of Tasks on "local" or "slurm"; raises as slurm_executor.
 
-    It yields (number of the task, its job) as they end; who stops listening (Ctrl-C) ends them all.
+    Each list is one process's work. It yields (number of the list, its job) as they end; who stops
+    listening (Ctrl-C) ends them all.
     """
     if cluster == "slurm":
         return partial(on_slurm, executor=slurm_executor(logs, workers, wishes))
@@ -98,18 +108,18 @@ def error_of(job: submitit.Job) -> str:
 
 
 def on_this_machine(
-    tasks: list[Task], logs: Path, workers: int
+    tasks: list[list[Task]], logs: Path, workers: int
 ) -> Iterator[tuple[int, submitit.Job]]:
-    """Run the tasks in processes of their own, `workers` at a time."""
+    """Run each list of tasks in a process of its own, `workers` at a time."""
     executor = submitit.LocalExecutor(logs)
     executor.update_parameters(timeout_min=YEAR_MIN)
     slots, stop = SimpleQueue(), threading.Event()
     for slot in range(workers):
         slots.put(slot)
 
-    def run(task: Task) -> submitit.Job:
+    def run(task: list[Task]) -> submitit.Job:
         slot = slots.get()
-        job = executor.submit(NotebookJob(), task, share_of_machine(slot, workers), os.getpid())
+        job = executor.submit(GridJob(), task, share_of_machine(slot, workers), os.getpid())
         while not job.done():
             if stop.is_set():
                 _end(int(job.job_id))
@@ -179,11 +189,11 @@ def slurm_executor(logs: Path, workers: int, wishes: dict) -> submitit.AutoExecu
 
 
 def on_slurm(
-    tasks: list[Task], executor: submitit.AutoExecutor
+    tasks: list[list[Task]], executor: submitit.AutoExecutor
 ) -> Iterator[tuple[int, submitit.Job]]:
     """Run the tasks as one Slurm job array."""
     with executor.batch():
-        jobs = [executor.submit(NotebookJob(), task, {}) for task in tasks]
+        jobs = [executor.submit(GridJob(), task, {}) for task in tasks]
     (executor.folder.parent / QUEUED).write_text(jobs[0].job_id.split("_")[0])
     left = dict(enumerate(jobs))
     try:

@@ -21,6 +21,7 @@ from pathlib import Path
 from drlora_ref.experiments import jobs, paper, results
 from drlora_ref.experiments.models import resolve_model
 from drlora_ref.experiments.notebooks import check_known, check_parameters, read_yaml
+from drlora_ref.experiments.replica_runs import can_be_replica, shared_settings
 from drlora_ref.experiments.runs import make_schedule
 from drlora_ref.experiments.settings import FAMILIES, Settings, run_key
 
@@ -42,12 +43,16 @@ BY_GRID = ("output_dir", "overwrite")  # parameters that the grid itself sets
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a grid: a short label of what varies, its run_key, T, and what is to be run."""
+    """One run of a grid: a short label of what varies, its run_key, T, and what is to be run.
+
+    `encoder` is equal for runs that may be replicas of one pass, None where a run must be alone.
+    """
 
     label: str
     key: str
     steps: int
     task: jobs.Task
+    encoder: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -134,8 +139,25 @@ def plan(grid: dict, out: Path) -> list[Run]:
         folder = next(out.glob(f"*-{key}"), out / f"{label}-{key}")  # labels may change
         given = {k: v for k, v in asdict(one).items() if k in known and k not in BY_GRID}
         task = jobs.Task(grid["notebook"], folder, given)
-        runs[key] = Run(label, key, _steps(label, one, rows), task)
+        steps = _steps(label, one, rows)
+        shared = repr((steps, shared_settings(one))) if can_be_replica(one) else None
+        runs[key] = Run(label, key, steps, task, shared)
     return list(runs.values())
+
+
+def pack(runs: list[Run], replicas: int) -> list[list[Run]]:
+    """The runs in lists for one process each: at most `replicas` that may share an encoder."""
+    packs: list[list[Run]] = []
+    filling: dict[str, list[Run]] = {}
+    for run in runs:
+        found = filling.get(run.encoder) if run.encoder else None
+        if found is None or len(found) == replicas:
+            found = []
+            packs.append(found)
+            if run.encoder:
+                filling[run.encoder] = found
+        found.append(run)
+    return packs
 
 
 def _settings(label: str, chosen: dict, best: dict, known: set[str]) -> Settings:

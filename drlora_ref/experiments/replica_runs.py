@@ -6,10 +6,10 @@ from pathlib import Path
 
 from accelerate.utils import set_seed
 
-from drlora_ref.experiments import replicas, runs
+from drlora_ref.experiments import replicas, runs, tasks
 from drlora_ref.experiments.checkpoints import Checkpoint
 from drlora_ref.experiments.replica_loop import OWN, ReplicaLoop
-from drlora_ref.experiments.settings import FAMILIES, NOT_IN_KEY, Settings
+from drlora_ref.experiments.settings import NOT_IN_KEY, Settings
 
 REPLICATED = ("drlora", "lora")  # methods that can be replicas
 PLACES = ("output_dir", "overwrite")  # where a run is kept
@@ -24,16 +24,25 @@ def shared_settings(settings: Settings) -> dict:
     return {k: v for k, v in asdict(settings).items() if k not in (*OWN, *PLACES)}
 
 
+def can_be_replica(settings: Settings) -> bool:
+    """Whether a run can share an encoder with others at all.
+
+    >>> can_be_replica(Settings(method="lora")), can_be_replica(Settings(method="full"))
+    (True, False)
+    """
+    return settings.method in REPLICATED and settings.task in tasks.TASKS
+
+
 def check_replicas(settings: list[Settings]) -> None:
     """Raise ValueError, naming what differs, unless these runs may share one encoder."""
     if not settings:
         raise ValueError("replicas: at least one run is needed")
     for one in settings:
-        if one.method not in REPLICATED:
-            methods = " and ".join(REPLICATED)
-            raise ValueError(f"method = {one.method!r}: only {methods} can be replicas")
-        if one.task not in FAMILIES or FAMILIES[one.task].__name__.split(".")[-1] != "tasks":
-            raise ValueError(f"task = {one.task!r}: only classifiers of GLUE can be replicas")
+        if not can_be_replica(one):
+            raise ValueError(
+                f"method = {one.method!r} on task = {one.task!r}: only {' and '.join(REPLICATED)} "
+                "on GLUE's tasks can be replicas, run others singly"
+            )
     first = shared_settings(settings[0])
     for one in settings[1:]:
         here = shared_settings(one)
@@ -62,7 +71,7 @@ def set_up_replicas(settings: list[Settings]) -> tuple[list[runs.Job], ReplicaLo
         raise ValueError(f"replicas take their steps together, but these runs have {sorted(steps)}")
     if jobs[0].accelerator.num_processes > 1:
         raise ValueError("replicas train on one device: start one process, not several")
-    model, _ = FAMILIES[settings[0].task].load_model(jobs[0].source, settings[0].task)
+    model, _ = tasks.load_model(jobs[0].source, settings[0].task)
     replicas.replicate(model, parts, settings[0].lora_dropout)
     set_seed(settings[0].seed)  # of dropout
     loop = ReplicaLoop(
