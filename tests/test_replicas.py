@@ -1,16 +1,21 @@
 """Many runs on one encoder: each as if it were alone, whatever the others do."""
 
+import copy
 import dataclasses
 
 import pytest
 import torch
+import transformers
+from conftest import TINY
 from test_loop import TIMES, still_model, without_times
 from torch import nn
 
-from drlora_ref.experiments import replicas, results, runs
+from drlora_ref import BudgetSchedule
+from drlora_ref.experiments import methods, replicas, results, runs, tasks
 from drlora_ref.experiments.replica_runs import check_replicas, run_replicas, set_up_replicas
 from drlora_ref.experiments.replica_step import ReplicaAdamW, clip_gradients, rate_factor
 from drlora_ref.experiments.settings import Settings
+from drlora_ref.inject import in_head
 from drlora_ref.layer import dynamic_layers
 from drlora_ref.train import train
 
@@ -236,16 +241,41 @@ def test_the_learning_rate_rises_and_falls_as_transformers_has_it():
         schedule.step()
 
 
-def test_within_only_the_model_is_one_replicas(together):
-    loop, _ = together
-    ids = torch.arange(4, 12).repeat(2, 1)
-    loop.model.eval()
+SIZES = dict(TINY, vocab_size=50)
+BART = dict(vocab_size=50, d_model=16, encoder_layers=1, decoder_layers=1, eos_token_id=2,
+            encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32,
+            decoder_ffn_dim=32, max_position_embeddings=70)  # fmt: skip
+
+
+@pytest.mark.parametrize("labels", [2, 1])
+@pytest.mark.parametrize(
+    "kind, sizes", [("Roberta", SIZES), ("Bert", SIZES), ("MPNet", SIZES), ("Bart", BART)]
+)
+def test_replicas_compute_what_each_single_model_computes(kind, sizes, labels):
+    """Every kind of encoder that the package adapts, whatever its head; classes or a score."""
+    config = getattr(transformers, f"{kind}Config")(**sizes, num_labels=labels)
+    model_class = getattr(transformers, f"{kind}ForSequenceClassification")
+    torch.manual_seed(9)
+    base, singles = model_class(config), []
+    for method in ("drlora", "lora", "drlora"):
+        single = copy.deepcopy(base)
+        for name, p in single.named_parameters():  # another head for each
+            if in_head(name):
+                nn.init.normal_(p, std=0.1)
+        schedule = BudgetSchedule(4 if not singles else 2, 2, 10)
+        singles.append(methods.prepare(method, single, schedule))
+        for layer in dynamic_layers(single).values():
+            nn.init.normal_(layer.lora_c)
+    shared = replicas.replicate(base, [replicas.take_apart(p) for p in singles], 0.0).eval()
+    ids = torch.randint(3, 50, (5, 8))
+    ids[:, -1] = 2  # BART reads at the end of the sentence
+    together = replicas.Together(shared, 3)
     with torch.no_grad():
-        all_six = loop.model(input_ids=ids.repeat(6, 1)).logits.reshape(6, 2, -1)
-        for i in range(6):
-            with replicas.only(loop.model, i):
-                torch.testing.assert_close(loop.model(input_ids=ids).logits, all_six[i])
-    assert not torch.allclose(all_six[0], all_six[1])
+        for i, single in enumerate(singles):
+            found = together.of(i)(input_ids=ids).logits
+            expected = single.model.eval()(input_ids=ids).logits
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+            assert len(together.kept) == 1  # computed once, for all three
 
 
 # --- what is refused ---------------------------------------------------------------------------
@@ -267,6 +297,16 @@ def test_runs_that_cannot_share_are_refused_by_what_differs(change, message, tmp
     with pytest.raises(ValueError, match=message):
         run_replicas(settings(tmp_path, {}, change))
     assert not list(tmp_path.iterdir())
+
+
+def test_rows_that_are_the_same_are_encoded_once(tmp_path, monkeypatch):
+    encoded = []
+    whole = tasks.prepare
+    monkeypatch.setattr(tasks, "prepare", lambda *a, **k: encoded.append(1) or whole(*a, **k))
+    set_up_replicas(settings(tmp_path / "a", dict(seed=0), dict(seed=1), dict(seed=2)))
+    assert len(encoded) == 1
+    set_up_replicas(settings(tmp_path / "b", dict(seed=0), dict(seed=1), train_size=40))
+    assert len(encoded) == 3  # each draws its own forty
 
 
 def test_no_replica_at_all_is_refused():

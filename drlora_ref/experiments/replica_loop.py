@@ -2,7 +2,7 @@
 
 Read drlora_ref/train.py, then replicas.py and replica_step.py. Each replica has its own order of
 the data, learning rate, budget, mask and verdict; one that is NaN or infinite ends, and the others
-never know. Evaluation takes them one after the other, by the task's own function.
+never know. Evaluation is the task's own function, over all of them in one pass.
 """
 
 import itertools
@@ -11,21 +11,19 @@ import time
 from collections.abc import Iterator
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from drlora_ref.experiments import replicas
 from drlora_ref.experiments.checkpoints import Checkpoint, random_state, set_random_state
-from drlora_ref.experiments.data import Inputs
 from drlora_ref.experiments.replica_step import (
     ReplicaAdamW,
     ReplicaAllocator,
     clip_gradients,
     rate_factor,
 )
-from drlora_ref.schedule import BudgetSchedule
+from drlora_ref.inject import in_head
 from drlora_ref.train import CHECK_EVERY, count_steps, verdict
 
 # What runs on one encoder may differ in; all else of their settings they share.
@@ -35,26 +33,17 @@ OWN = ("method", "seed", "init_r", "target_r", "learning_rate", "dem_weight", "s
 class ReplicaLoop:
     """All replicas from their first step, or their checkpoint, to the last.
 
-    `model` is what replicas.replicate made; of `inputs`, `schedules`, `settings` (as loop.Loop's)
-    and `prunes` (False for LoRA) there is one for each replica. `shared` below is what all have in
-    common, whatever replica it is read from.
+    `model` is what replicas.replicate made; `jobs` are the runs as runs.set_up gives them; `prunes`
+    is False for LoRA's. What all have in common is read from the first.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        inputs: list[Inputs],
-        schedules: list[BudgetSchedule],
-        settings: list,
-        prunes: list[bool],
-        accelerator: Accelerator,
-        checkpoint: Checkpoint,
-    ):
-        self.inputs, self.schedules, self.settings = inputs, schedules, settings
-        self.accelerator, self.checkpoint = accelerator, checkpoint
+    def __init__(self, model: nn.Module, jobs: list, prunes: list[bool], checkpoint: Checkpoint):
+        self.inputs, self.schedules = [j.inputs for j in jobs], [j.schedule for j in jobs]
+        settings, accelerator = [job.settings for job in jobs], jobs[0].accelerator
+        self.settings, self.accelerator, self.checkpoint = settings, accelerator, checkpoint
         self.device = accelerator.device
         self.model = model.to(self.device)
-        self.shared, self.schedule = settings[0], schedules[0]
+        self.shared, self.schedule = settings[0], self.schedules[0]
         self.layers = replicas.replicated_layers(model)
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         rates = torch.tensor([s.learning_rate for s in settings], device=self.device)
@@ -63,7 +52,7 @@ class ReplicaLoop:
         )
         self.allocator = ReplicaAllocator(
             self.layers,
-            schedules,
+            self.schedules,
             prunes,
             [s.score for s in settings],
             self.shared.beta,
@@ -81,15 +70,15 @@ class ReplicaLoop:
                 generator=order,
                 collate_fn=list,
             )
-            for own, order in zip(inputs, self.orders, strict=True)
+            for own, order in zip(self.inputs, self.orders, strict=True)
         ]
         self.step, self.epoch, self.step_in_epoch = 0, 1, 0
         self.orders_at_epoch_start = [order.get_state() for order in self.orders]
         self.health: list[list] = []  # of each step: (R, 2), loss and gradient norm
         self.unread: list[Tensor] = []
-        self.flagged: list[int | None] = [None] * len(inputs)  # the first step that was not finite
-        self.evaluations: list[list[dict]] = [[] for _ in inputs]
-        self.kept: list[list] = [[] for _ in inputs]
+        self.flagged: list[int | None] = [None] * len(jobs)  # the first step that was not finite
+        self.evaluations: list[list[dict]] = [[] for _ in jobs]
+        self.kept: list[list] = [[] for _ in jobs]
         self.before: list[dict] = []
         self.seconds = self.evaluation_seconds = 0.0
 
@@ -99,7 +88,7 @@ class ReplicaLoop:
             torch.cuda.reset_peak_memory_stats()
         self._resume()
         if not self.before:
-            self.before = [self._evaluate(i) for i in range(len(self.inputs))]
+            self.before = self._evaluate()
         started, T = time.perf_counter() - self.seconds, self.schedule.total_steps
         steps_per_epoch = count_steps(
             len(self.inputs[0].train), self.shared.batch_size, 1, self.shared.grad_accumulation
@@ -156,17 +145,12 @@ class ReplicaLoop:
             loss += part.detach()
         if any(s.dem_weight for s in self.settings) and not self.schedule.pruning_ended(self.step):
             (self.dem_weights * self.allocator.dem()).sum().backward()
-        self._hold_c_of_lora()
+        self.allocator.hold_c_of_lora()
         norms = clip_gradients(self.optimizer.parameters, self.shared.max_grad_norm)
         T = self.schedule.total_steps
         self.optimizer.step(rate_factor(self.step, int(self.shared.warmup * T), T))
         self.model.zero_grad()
         return torch.stack([loss, norms], dim=1)
-
-    def _hold_c_of_lora(self) -> None:
-        if not all(self.prunes):
-            gradients = [m.lora_c.grad for m in self.layers.values()]
-            torch._foreach_mul_(gradients, [self.allocator.prunes[:, None]] * len(gradients))
 
     def _read_health(self) -> None:
         """Fetch the numbers of the steps since the last look, and flag what is not finite."""
@@ -187,17 +171,18 @@ class ReplicaLoop:
 
     def _note_evaluations(self) -> None:
         before = time.perf_counter()
-        for i, flagged in enumerate(self.flagged):
-            if flagged is None:
-                found = {"step": self.step, "epoch": self.epoch, **self._evaluate(i)}
-                self.evaluations[i].append(found)
+        for i, found in enumerate(self._evaluate()):
+            if self.flagged[i] is None:
+                at = {"step": self.step, "epoch": self.epoch}
+                self.evaluations[i].append(at | found)
         self.evaluation_seconds += time.perf_counter() - before
         metrics = ", ".join(f"{e[-1]['metric']:.4f}" if e else "none" for e in self.evaluations)
         print(f"step {self.step} of {self.schedule.total_steps}, epoch {self.epoch}: {metrics}")
 
-    def _evaluate(self, replica: int) -> dict:
-        with replicas.only(self.model, replica), self.accelerator.autocast():
-            return self.inputs[replica].evaluate(self.model)
+    def _evaluate(self) -> list[dict]:
+        together = replicas.Together(self.model, len(self.inputs))
+        with self.accelerator.autocast():
+            return [own.evaluate(together.of(i)) for i, own in enumerate(self.inputs)]
 
     def _save(self) -> None:
         self.checkpoint.save(
@@ -241,8 +226,7 @@ class ReplicaLoop:
     def _result(self, i: int) -> dict:
         ranks = dict(zip(self.layers, self.allocator.ranks()[:, i].tolist(), strict=True))
         sizes = {n: m.lora_A.shape[2] + m.lora_B.shape[1] for n, m in self.layers.items()}
-        components = {id(p) for layer in self.layers.values() for p in layer.parameters()}
-        heads = [p[i].numel() for p in self.trainable.values() if id(p) not in components]
+        heads = [p[i].numel() for n, p in self.trainable.items() if in_head(n)]
         # A single run ends where it is flagged, at its next look at the numbers.
         steps = self.step if self.flagged[i] is None else self.flagged[i]
         curve = [row[i][0] for row in self.health[:steps]]

@@ -63,7 +63,7 @@ def set_up_replicas(settings: list[Settings]) -> tuple[list[runs.Job], ReplicaLo
     check_replicas(settings)
     jobs, parts = [], []
     for one in settings:
-        job = runs.set_up(one)
+        job = runs.set_up(one, like=jobs[0] if jobs else None)
         parts.append(replicas.take_apart(job.prepared))
         jobs.append(replace(job, prepared=None))  # its own copy of the encoder can go
     steps = {job.schedule.total_steps for job in jobs}
@@ -74,15 +74,7 @@ def set_up_replicas(settings: list[Settings]) -> tuple[list[runs.Job], ReplicaLo
     model, _ = tasks.load_model(jobs[0].source, settings[0].task)
     replicas.replicate(model, parts, settings[0].lora_dropout)
     set_seed(settings[0].seed)  # of dropout
-    loop = ReplicaLoop(
-        model,
-        [job.inputs for job in jobs],
-        [job.schedule for job in jobs],
-        settings,
-        [part.prunes for part in parts],
-        jobs[0].accelerator,
-        _checkpoint(jobs),
-    )
+    loop = ReplicaLoop(model, jobs, [part.prunes for part in parts], _checkpoint(jobs))
     return jobs, loop
 
 

@@ -72,6 +72,12 @@ class ReplicaAllocator:
         self.ema = torch.zeros(len(prunes), n, device=self.alive.device)
 
     @torch.no_grad()
+    def hold_c_of_lora(self) -> None:
+        """LoRA's c is 1 and has no gradient; before clipping, whose length it must not be in."""
+        gradients = [m.lora_c.grad for m in self.layers.values()]
+        torch._foreach_mul_(gradients, [self.prunes[:, None]] * len(gradients))
+
+    @torch.no_grad()
     def score(self) -> Tensor:
         """Each replica's components by its own criterion: (R, N), by position; padding scores 0."""
         by_layer = {}

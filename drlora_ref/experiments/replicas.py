@@ -12,7 +12,7 @@ replica can see another.
 Here is what stands in the model; replica_loop.py trains it.
 """
 
-from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -69,22 +69,11 @@ def _as_components(layer: LoraLayer) -> tuple[Tensor, Tensor, Tensor, float]:
     return A, B, torch.ones_like(A[:, 0]), layer.scaling["default"]
 
 
-class Replicated(nn.Module):
-    """A module that holds R of what it trains, and computes all of them or `only` one.
-
-    Shapes: x (R · B, ..., d_in), replica by replica -> (R · B, ..., d_out); with only = i all of x
-    belongs to replica i.
-    """
-
-    only: int | None = None
-
-    def mine(self, stacked: Tensor) -> Tensor:
-        """What of a tensor (R, ...) takes part: all, or (1, ...) of the one."""
-        return stacked if self.only is None else stacked[self.only : self.only + 1]
-
-
-class ReplicatedLoRALinear(Replicated):
+class ReplicatedLoRALinear(nn.Module):
     """One frozen linear layer with the components of R runs (Eq. 6, R times).
+
+    Shapes: x (R · B, ..., d_in), replica by replica -> (R · B, ..., d_out); lora_A (R, r, d_in),
+    lora_B (R, d_out, r), lora_c (R, r), component_mask (R, r) of bool, scaling (R,).
 
     Fewer components than the largest r are filled up with zeros, and stay zero: a component whose
     a, b and c are all 0 has no gradient. component_mask (R, r) is False for them.
@@ -110,14 +99,13 @@ class ReplicatedLoRALinear(Replicated):
 
     def forward(self, x: Tensor) -> Tensor:
         result = self.base_layer(x)
-        A, B, c = map(self.mine, (self.lora_A, self.lora_B, self.lora_c))
-        c = self.mine(self.scaling).unsqueeze(1) * c
-        rows = x.to(A.dtype).reshape(len(A), -1, x.shape[-1])  # (R, B · length, d_in)
-        z = (self.lora_dropout(rows) @ A.mT) * c.unsqueeze(1)  # (R, B · length, r)
-        return result + (z @ B.mT).reshape(result.shape).to(result.dtype)
+        rows = x.to(self.lora_A.dtype).reshape(len(self.lora_A), -1, x.shape[-1])
+        c = self.scaling.unsqueeze(1) * self.lora_c
+        z = (self.lora_dropout(rows) @ self.lora_A.mT) * c.unsqueeze(1)  # (R, B · length, r)
+        return result + (z @ self.lora_B.mT).reshape(result.shape).to(result.dtype)
 
 
-class ReplicatedLinear(Replicated):
+class ReplicatedLinear(nn.Module):
     """R linear layers of a head side by side: weight (R, d_out, d_in), bias (R, d_out)."""
 
     def __init__(self, weights: list[Tensor], biases: list[Tensor], device: torch.device):
@@ -126,9 +114,8 @@ class ReplicatedLinear(Replicated):
         self.bias = nn.Parameter(torch.stack(biases).to(device))
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.mine(self.weight), self.mine(self.bias)
-        rows = x.reshape(len(weight), -1, x.shape[-1]).to(weight.dtype)
-        rows = torch.baddbmm(bias.unsqueeze(1), rows, weight.mT)
+        rows = x.reshape(len(self.weight), -1, x.shape[-1]).to(self.weight.dtype)
+        rows = torch.baddbmm(self.bias.unsqueeze(1), rows, self.weight.mT)
         return rows.reshape(*x.shape[:-1], -1)
 
 
@@ -162,17 +149,32 @@ def replicated_layers(model: nn.Module) -> dict[str, ReplicatedLoRALinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, ReplicatedLoRALinear)}
 
 
-@contextmanager
-def only(model: nn.Module, replica: int):
-    """Within, the model is that one replica's: an ordinary model of B sequences."""
-    modules = [m for m in model.modules() if isinstance(m, Replicated)]
-    for module in modules:
-        module.only = replica
-    try:
-        yield model
-    finally:
-        for module in modules:
-            module.only = None
+class Together(nn.Module):
+    """The model for a task's own evaluation, which sees one replica but computes all of them.
+
+    evaluate(model) calls it batch by batch, once for each replica, always with the same batches.
+    The first replica's calls run the batch for all R in one pass and keep the logits; the others
+    read them. `replica` says whose logits to return.
+    """
+
+    def __init__(self, model: nn.Module, replicas: int):
+        super().__init__()
+        self.model, self.replicas = model, replicas
+        self.kept: list[Tensor] = []  # of each batch: (R, B, classes)
+        self.replica, self.calls = None, 0
+
+    def of(self, replica: int) -> "Together":
+        """The same, from the first batch on, for this replica."""
+        self.replica, self.calls = replica, 0
+        return self
+
+    def forward(self, **batch: Tensor) -> SimpleNamespace:
+        if self.calls == len(self.kept):
+            widened = {n: t.repeat(self.replicas, *[1] * (t.dim() - 1)) for n, t in batch.items()}
+            logits = self.model(**widened).logits
+            self.kept.append(logits.reshape(self.replicas, -1, logits.shape[-1]))
+        self.calls += 1
+        return SimpleNamespace(logits=self.kept[self.calls - 1][self.replica])
 
 
 def losses(logits: Tensor, labels: Tensor, replicas: int) -> Tensor:

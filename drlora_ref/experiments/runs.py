@@ -60,23 +60,46 @@ class Job:
         """`run_key` of this run."""
         return run_key(self.settings, self.data.fingerprint, self.source.sha256)
 
+    @property
+    def rows(self) -> dict:
+        """`rows_of` this run."""
+        return rows_of(self.settings)
 
-def set_up(settings: Settings) -> Job:
+
+def rows_of(settings: Settings) -> dict:
+    """All that decides which encoded rows a run reads: the seed only where it draws a part.
+
+    >>> rows_of(Settings(seed=1)) == rows_of(Settings(seed=2, learning_rate=0.1))
+    True
+    >>> rows_of(Settings(seed=1, train_size=50)) == rows_of(Settings(seed=2, train_size=50))
+    False
+    """
+    names = ("task", "data_dir", "model_name", "train_size", *FAMILIES[settings.task].OPTIONS)
+    drawn_with = settings.seed if settings.train_size else None
+    return {name: getattr(settings, name) for name in names} | {"drawn_with": drawn_with}
+
+
+def set_up(settings: Settings, like: Job | None = None) -> Job:
     """Look everything up, load data and model, and put the method's parameters into the model.
 
+    Where the rows are those of the job `like`, its encoded data are taken.
     Raises, before any training: FileExistsError (there is a record), ValueError, FileNotFoundError,
     ImportError or ConnectionError (a name, a number, a file or the hub), as the parts do.
     """
     folder = records.check_output_dir(settings.output_dir, settings.overwrite)
     family = FAMILIES[settings.task]
     source = models.resolve_model(settings.model_name)
-    data = family.load_task(settings.task, settings.data_dir, settings.train_size, settings.seed)
+    if same := like and like.rows == rows_of(settings):
+        data = like.data
+    else:
+        place = settings.task, settings.data_dir
+        data = family.load_task(*place, settings.train_size, settings.seed)
     make_schedule(settings, len(data.train))  # a bad number shows before the data is encoded
     accelerator = make_accelerator(settings.precision)
     set_seed(settings.seed)
     model, tokenizer = family.load_model(source, settings.task)
     options = {name: getattr(settings, name) for name in family.OPTIONS}
-    inputs = family.prepare(data, tokenizer, **options)
+    inputs = like.inputs if same else family.prepare(data, tokenizer, **options)
     # An epoch is a pass over the encoded rows: a long text of SQuAD is several windows.
     schedule = make_schedule(settings, len(inputs.train))
     prepared = methods.prepare(
