@@ -9,41 +9,28 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from huggingface_hub import ModelCardData
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from drlora_ref.inject import HEADS, in_head
 from drlora_ref.layer import RankOneComponents, dynamic_layers
+from drlora_ref.model_card import model_card
+from drlora_ref.peft_layer import check_settled
 from drlora_ref.peft_tuner import DynamicRankModel, find_tuner
 from drlora_ref.plotting import plot_rank_heatmap
 
-CARD = """---
-{front}
----
+# In the order in which they are written: what PEFT reads first is last.
+FILES = ("rank_map.png", "README.md", "adapter_model.safetensors", "adapter_config.json")
 
-# LoRA adapter{of_base}, ranks by dynamic-rank DoRA
-
-{components} components over {matrices} weight matrices, {mean:.2f} per matrix on average, \
-distributed while training by
-dynamic-rank DoRA ([arXiv 2405.17357](https://arxiv.org/abs/2405.17357)). What is here is a plain \
-LoRA {form}:
-it needs nothing but PEFT.
-
-| | |
-|---|---|
-{facts}
-
-![Surviving components of each matrix](rank_map.png)
-
-```python
-from peft import PeftModel
-{make_base}
-model = PeftModel.from_pretrained(base, "path/to/this/folder")
-```
-"""
+# PEFT's name for a kind of task, by the end of the class's name in transformers.
+TASK_TYPES = {
+    "SequenceClassification": "SEQ_CLS",
+    "TokenClassification": "TOKEN_CLS",
+    "QuestionAnswering": "QUESTION_ANS",
+    "CausalLM": "CAUSAL_LM",
+    "ConditionalGeneration": "SEQ_2_SEQ_LM",
+}
 
 
 def export_lora(
@@ -76,12 +63,12 @@ def export_lora(
 
     Files, each written whole: adapter_config.json, adapter_model.safetensors, README.md (the card)
     and rank_map.png. Raises, before anything is written: ValueError if nothing survives (LoRA has
-    no rank 0), or pruning has not ended; TypeError for a model without components; FileExistsError
-    if the folder has an adapter and overwrite is not set.
+    no rank 0), pruning has not ended, or something was trained that LoRA cannot hold; TypeError for
+    a model without components or a metric that is no number; FileExistsError if one of these files
+    is there and overwrite is not set.
     """
     folder = Path(folder)
-    if (folder / "adapter_config.json").exists() and not overwrite:
-        raise FileExistsError(f"{folder} has an adapter already: name another, or overwrite=True")
+    _check_given(folder, metric, overwrite)
     layers, tensors, config = _take_apart(model, adapter_name)
     ranks = {name: layer.rank for name, layer in layers.items()}
     _check(layers, ranks)
@@ -98,7 +85,8 @@ def export_lora(
         kept = {n: rank for n, rank in ranks.items() if 0 < rank < r}
         config.rank_pattern = {"^" + re.escape(n): rank for n, rank in kept.items()}
         config.alpha_pattern = dict(config.rank_pattern)
-    card = _card(model, config, ranks, uniform, task, metric)
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    card = model_card(plain, config, ranks, task, metric or {})
     _write(folder, config, tensors, card, ranks)
     return ranks
 
@@ -142,22 +130,40 @@ def _take_apart(model: nn.Module, adapter_name: str | None):
         raise TypeError(f"{type(model).__name__} has no dynamic-rank components to export")
     heads = sorted(HEADS & {name.split(".")[-1] for name, _ in model.named_modules()})
     head = {f"base_model.model.{n}": t for n, t in model.state_dict().items() if in_head(n)}
+    ours = {id(p) for layer in layers.values() for p in layer.parameters()}
+    for name, p in model.named_parameters():
+        if p.requires_grad and id(p) not in ours and not in_head(name):
+            raise ValueError(f"{name} was trained too, and a LoRA adapter cannot hold it")
+    kind = type(model).__name__.split("For")[-1]
     name = getattr(getattr(model, "config", None), "name_or_path", None)
-    return layers, head, LoraConfig(modules_to_save=heads, base_model_name_or_path=name or None)
+    config = LoraConfig(
+        task_type=TASK_TYPES.get(kind), modules_to_save=heads, base_model_name_or_path=name or None
+    )
+    return layers, head, config
 
 
 def _check(layers: dict[str, RankOneComponents], ranks: dict[str, int]) -> None:
+    if not layers:
+        raise TypeError("the model has no components (any more): export it before they are merged")
     if not any(ranks.values()):
         raise ValueError(
             f"no component survives in any of {len(ranks)} matrices: a LoRA of rank 0 does not "
             "exist; the base model with the trained head is all there is to save"
         )
-    for name, layer in layers.items():
-        if layer.lora_c[~layer.component_mask].any():
-            raise ValueError(
-                f"{name}: a component outside the mask is not zero. Pruning has not ended; export "
-                "after the last step, the budget's t_end at the earliest"
-            )
+    check_settled(layers)
+
+
+def _check_given(folder: Path, metric: dict[str, float] | None, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file: name a folder")
+    there = [name for name in FILES if (folder / name).exists()]
+    if there and not overwrite:
+        raise FileExistsError(f"{folder} has {there[0]} already: name another, or overwrite=True")
+    for name, value in metric.items() if isinstance(metric, dict) else [("metric", metric)]:
+        if value is not None and not isinstance(value, int | float):
+            raise TypeError(f"metric: {name} = {value!r}; give numbers, as {{'accuracy': 0.93}}")
+    if metric is not None and not isinstance(metric, dict):
+        raise TypeError(f"metric = {metric!r}: give names with numbers, as {{'accuracy': 0.93}}")
 
 
 def _targets(ranks: dict[str, int]) -> list[str] | str:
@@ -172,48 +178,10 @@ def _targets(ranks: dict[str, int]) -> list[str] | str:
     return kept
 
 
-def _card(model, config, ranks, uniform, task, metric) -> str:
-    plain = model.get_base_model() if isinstance(model, PeftModel) else model
-    base = config.base_model_name_or_path
-    is_local = base and Path(base).exists()
-    facts = {
-        "base model": (Path(base).name + " (a local folder)" if is_local else base) or "not named",
-        "task": task or "not named",
-        **{name: f"{value:.4g}" for name, value in (metric or {}).items()},
-        "rank": f"{min(ranks.values())} to {max(ranks.values())}",
-    }
-    front = ModelCardData(
-        base_model=None if is_local else base,
-        library_name="peft",
-        tags=["lora", "dynamic-rank", "arxiv:2405.17357"],
-    )
-    pattern = "whose matrices have ranks of their own (`rank_pattern`)"
-    return CARD.format(
-        front=front.to_yaml(),
-        of_base=f" for {Path(base).name if is_local else base}" if base else "",
-        components=sum(ranks.values()),
-        matrices=len(ranks),
-        mean=sum(ranks.values()) / len(ranks),
-        form=f"of rank {config.r}, filled up with zeros" if uniform else pattern,
-        facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
-        make_base=_make_base(plain, Path(base).name if is_local else base),
-    )
-
-
-def _make_base(model: nn.Module, name: str | None) -> str:
-    """The lines of Python that make the base model."""
-    kind = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
-        return f"base = ...  # the {kind} that was adapted"
-    labels = f", num_labels={model.config.num_labels}" if "Classification" in kind else ""
-    load = f'{kind}.from_pretrained("{name or "name-of-the-base-model"}"{labels})'
-    return f"from transformers import {kind}\n\nbase = {load}"
-
-
 def _write(folder: Path, config: LoraConfig, tensors, card: str, ranks: dict[str, int]) -> None:
-    """All files beside the folder first, then each moved in; what PEFT reads first, last."""
+    """All files whole in a folder of their own first, then each moved in."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as unfinished:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
         unfinished = Path(unfinished)
         axes = plot_rank_heatmap(ranks)
         axes.figure.savefig(unfinished / "rank_map.png")
@@ -227,6 +195,5 @@ def _write(folder: Path, config: LoraConfig, tensors, card: str, ranks: dict[str
         if isinstance(settings["target_modules"], list):
             settings["target_modules"].sort()  # PEFT keeps a set, whose order changes by process
         (unfinished / "adapter_config.json").write_text(json.dumps(settings, indent=2))
-        names = ("rank_map.png", "README.md", "adapter_model.safetensors", "adapter_config.json")
-        for name in names:
+        for name in FILES:
             os.replace(unfinished / name, folder / name)

@@ -1,93 +1,42 @@
-"""The parts of the PEFT tuner: its configuration, its layer, and its allocator's memory."""
+"""The parts of the PEFT tuner: its layer, and its allocator's memory."""
 
 import json
 import zlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 
 import torch
-from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from drlora_ref.allocator import RankAllocator, check_scoring
+from drlora_ref.allocator import RankAllocator
 from drlora_ref.layer import RankOneComponents, like_base
-from drlora_ref.schedule import BudgetSchedule
+from drlora_ref.peft_config import DynamicRankConfig
 
 
-class _MethodName(str):
-    """A string that answers where PEFT asks a member of PeftType for its value or name.
-
-    It equals and hashes as the plain string that stands in a saved adapter_config.json. Where this
-    package was not imported, PEFT's error is a KeyError with this name: so it names the package.
-    """
-
-    value = name = property(str.__str__)
-
-
-DYNAMIC_RANK = _MethodName("drlora_ref.DYNAMIC_RANK")
-
-
-@dataclass
-class DynamicRankConfig(PeftConfig):
-    """What get_peft_model needs for dynamic-rank DoRA. Names are PEFT's, as in its AdaLoRA.
-
-    total_step is T, the number of optimizer steps of the whole training: DynamicRankCallback fills
-    it in, a loop of your own must. tinit and tfinal are steps too; by default 15 % and 50 % of T,
-    as in the paper. target_modules: names or ends of names, a regular expression, or "all-linear";
-    by default the six matrices of every layer for RoBERTa, BERT, MPNet and BART, else what PEFT
-    takes for LoRA. dem_weight is the η of Eq. 10 as printed (the authors' code halves the term).
-    score is a name in drlora_ref.SCORES, seed is that of the score "random".
-
-    Raises ValueError for a value out of range, naming what would be right.
-
-    >>> DynamicRankConfig(init_r=3, target_r=2, total_step=100).schedule().t_end
-    50
-    """
-
-    init_r: int = field(default=12, metadata={"help": "components of each matrix at the start"})
-    target_r: int = field(default=8, metadata={"help": "components at the end, on average"})
-    total_step: int | None = field(default=None, metadata={"help": "optimizer steps in all"})
-    tinit: int | None = field(default=None, metadata={"help": "steps before pruning"})
-    tfinal: int | None = field(default=None, metadata={"help": "steps after pruning"})
-    deltaT: int = field(default=10, metadata={"help": "steps between two prunings"})
-    curve: str = field(default="paper", metadata={"help": "of the budget: paper or adalora"})
-    beta: float = field(default=0.9, metadata={"help": "memory of the score (Eq. 8)"})
-    score: str = field(default="frobenius_share", metadata={"help": "a name in SCORES (Eq. 7)"})
-    seed: int = field(default=0, metadata={"help": "of the score 'random'"})
-    dem_weight: float = field(default=0.0, metadata={"help": "weight of DEM in the loss (Eq. 10)"})
-    lora_alpha: float = field(default=8, metadata={"help": "scaling = lora_alpha / init_r"})
-    lora_dropout: float = field(default=0.1, metadata={"help": "on the input of the components"})
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "to adapt"})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "not to adapt"})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "trained whole"})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "indices"})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "their list"})
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.peft_type = DYNAMIC_RANK
-        for name in ("target_modules", "exclude_modules"):  # PEFT wants sets, JSON gives lists
-            if isinstance(getattr(self, name), list):
-                setattr(self, name, set(getattr(self, name)))
-        if self.total_step is not None:
-            self.schedule()
-        else:  # whatever can be checked without it
-            BudgetSchedule(self.init_r, self.target_r, 10**9, deltaT=self.deltaT, curve=self.curve)
-        check_scoring(self.score, self.beta)
-        if self.dem_weight < 0:
-            raise ValueError(f"dem_weight = {self.dem_weight}: must be 0 (no DEM) or more")
-
-    def schedule(self) -> BudgetSchedule:
-        """Eq. 9 with these numbers. Raises ValueError while total_step is None."""
-        if self.total_step is None:
-            raise ValueError(
-                "total_step is missing: give DynamicRankConfig the number of optimizer steps of "
-                "the whole training (DynamicRankCallback fills it in)"
-            )
-        steps = dict(total_steps=self.total_step, tinit=self.tinit, tfinal=self.tfinal)
-        return BudgetSchedule(
-            self.init_r, self.target_r, deltaT=self.deltaT, curve=self.curve, **steps
+def check_target(name: str, module: nn.Module) -> None:
+    """Raise TypeError for what cannot be adapted: no nn.Linear, or one with a quantised weight."""
+    kind = type(module).__name__
+    if not isinstance(module, nn.Linear):
+        raise TypeError(f"target_modules: {name} is {kind}; only nn.Linear can be adapted")
+    if not module.weight.is_floating_point():
+        raise TypeError(
+            f"target_modules: {name} is {kind} with a weight of {module.weight.dtype}; quantised "
+            "layers cannot be adapted, load the model in float32 or bfloat16"
         )
+
+
+def check_settled(layers: dict[str, RankOneComponents]) -> None:
+    """Raise ValueError if a pruned component is not zero: it counts in the output, not in the rank.
+
+    >>> check_settled({"query": RankOneComponents(4, 4, r=2)})
+    """
+    for name, layer in layers.items():
+        if layer.lora_c[~layer.component_mask].any():
+            raise ValueError(
+                f"{name}: a component that was pruned is not zero. Either pruning has not ended, "
+                "or the allocator was not called after an optimizer step since: call it after "
+                "every step, to the last"
+            )
 
 
 class DynamicRankLinear(nn.Module, BaseTunerLayer):
@@ -95,21 +44,12 @@ class DynamicRankLinear(nn.Module, BaseTunerLayer):
 
     PEFT's counterpart of DynamicLoRALinear: that one has a single set of components, this one as
     many as adapters were added, of which the active ones count. Shapes: (..., d_in) -> (..., d_out)
-
-    Raises TypeError for a base layer that is no nn.Linear, or whose weight is quantised.
     """
 
     adapter_layer_names = ("dynamic_rank_components",)
 
     def __init__(self, base_layer: nn.Linear, adapter_name: str, config: DynamicRankConfig):
         super().__init__()
-        if not isinstance(base_layer, nn.Linear):
-            raise TypeError(f"only nn.Linear can be adapted, not {type(base_layer).__name__}")
-        if not base_layer.weight.is_floating_point():
-            raise TypeError(
-                f"{type(base_layer).__name__} with a weight of {base_layer.weight.dtype}: "
-                "quantised layers cannot be adapted, load the model in float32 or bfloat16"
-            )
         self.base_layer = base_layer
         self.out_features, self.in_features = base_layer.weight.shape
         self.dynamic_rank_components = nn.ModuleDict()
@@ -178,10 +118,11 @@ class AllocatorState(nn.Module):
         for name in ("last_step", "settings"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
         if config.score == "random":
-            self.register_buffer("generator", torch.get_rng_state().to(device))
+            start = torch.Generator().manual_seed(config.seed).get_state()
+            self.register_buffer("generator", start.to(device))
         self.allocator: RankAllocator | None = None
-        # What has been loaded is the truth: an allocator of before is made anew at the next step.
-        self.register_load_state_dict_post_hook(lambda module, _: module.forget())
+        self.found_total_step = False  # whether a trainer has filled it in
+        self.register_load_state_dict_post_hook(_forget)
 
     def forget(self) -> None:
         """Make the allocator anew, from the buffers, when it is next asked for."""
@@ -209,7 +150,12 @@ class AllocatorState(nn.Module):
 
     @torch.no_grad()
     def step(self, global_step: int) -> None:
-        """RankAllocator.step, remembered."""
+        """RankAllocator.step, remembered. Raises ValueError after the last step, too."""
+        if global_step > self.allocator.schedule.total_steps:
+            raise ValueError(
+                f"step {global_step} of total_step = {self.allocator.schedule.total_steps}: the "
+                "budget was spread over fewer steps than there are; give the true number"
+            )
         self.allocator.step(global_step)
         self.last_step.fill_(global_step)
         if global_step == 1:
@@ -217,6 +163,11 @@ class AllocatorState(nn.Module):
         self.ema.copy_(self.allocator.ema)
         if hasattr(self, "generator"):
             self.generator.copy_(self.allocator.generator.get_state())
+
+
+def _forget(state: AllocatorState, _) -> None:
+    # What has been loaded is the truth: an allocator of before is made anew at the next step.
+    state.forget()
 
 
 def _checksum(allocator: RankAllocator) -> int:

@@ -12,6 +12,10 @@ from transformers import Trainer, TrainerCallback
 
 from drlora_ref.peft_tuner import find_tuner
 
+# Losses of transformers that are a sum over tokens, divided by the number they are given.
+DIVIDED = {"ForCausalLM", "ForMaskedLM", "ForConditionalGeneration"}
+SHARDED = "FSDP and DeepSpeed shard the components, DDP does not: use DDP"
+
 
 class DynamicRankCallback(TrainerCallback):
     """Runs the allocator after every optimizer step of a Trainer (Algorithm 1, lines 7-9).
@@ -35,11 +39,14 @@ class DynamicRankCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if args.fsdp or args.deepspeed:
-            raise ValueError("FSDP and DeepSpeed shard the components, DDP does not: use DDP")
+            raise ValueError(SHARDED)
         tuner = find_tuner(model)
-        config = tuner.peft_config[tuner.one_adapter()]
-        if config.total_step is None:
-            config.total_step = state.max_steps
+        name = tuner.one_adapter()
+        saved = tuner.dynamic_rank_state[name]
+        fresh = saved.found_total_step and not int(saved.last_step)  # an attempt without a step
+        if tuner.peft_config[name].total_step is None or fresh:
+            tuner.set_total_step(state.max_steps)
+        config = tuner.peft_config[name]
         if config.total_step != state.max_steps:
             raise ValueError(
                 f"total_step = {config.total_step}, but this training has {state.max_steps} "
@@ -60,8 +67,8 @@ class DynamicRankCallback(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         tuner = find_tuner(model)
         tuner.update_and_allocate(state.global_step)
-        # This step's evaluation comes after this call: at the first step with the final mask, what
-        # was best before is forgotten for the last time.
+        # This step's evaluation comes after this call, so what was best through t_end is forgotten
+        # in the step after it.
         if not tuner.schedule().pruning_ended(state.global_step - 1):
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
@@ -73,13 +80,15 @@ def divides_its_loss(model: nn.Module) -> bool:
     """Whether a model of transformers divides its loss by the `num_items_in_batch` it is given.
 
     Trainer believes so of every model whose forward takes **kwargs, and leaves the loss as it is.
-    The heads of RoBERTa, BERT, MPNet and BART take them too and return the batch's mean all the
-    same: with k accumulated batches the gradient is then k times too large, with n processes n
-    times. Those that do divide call `self.loss_function`.
+    Classifiers (of RoBERTa, BERT, MPNet, BART, Llama) take them too and return the batch's mean
+    all the same: with k accumulated batches the gradient is then k times too large, with n
+    processes n times. Language models do divide, where they call `self.loss_function`. A wrong no
+    does little harm: Trainer then divides a mean by the number of batches itself.
     """
     if hasattr(model, "accepts_loss_kwargs"):  # a model that says so itself is believed
         return model.accepts_loss_kwargs
-    return "loss_function" in inspect.unwrap(type(model).forward).__code__.co_names
+    calls = inspect.unwrap(type(model).forward).__code__.co_names
+    return "loss_function" in calls and getattr(model, "loss_type", None) in DIVIDED
 
 
 class DynamicRankMixin:
@@ -96,11 +105,13 @@ class DynamicRankMixin:
     Logged with each training loss: `rank` (surviving components, mean over matrices), `rank_min`,
     `rank_max`, and `rank_budget`, the b(t) of Eq. 9.
 
-    Raises TypeError for a model without a dynamic-rank adapter.
+    Raises TypeError for a model without a dynamic-rank adapter, ValueError under FSDP or DeepSpeed.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(SHARDED)
         base = find_tuner(self.model).model
         self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and divides_its_loss(base)
         self.remove_callback(DynamicRankCallback)  # one that was added by hand: it would step twice
@@ -127,7 +138,7 @@ class DynamicRankMixin:
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs, *args, **kwargs):
-        if "loss" in logs:
+        if "loss" in logs and self.is_in_train:
             tuner = find_tuner(self.model)
             ranks = tuner.rank_pattern().values()
             logs["rank"] = sum(ranks) / len(ranks)

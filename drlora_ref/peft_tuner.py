@@ -10,6 +10,10 @@ behaves like such a member. PEFT changes between versions; this file refuses tho
 tested with.
 """
 
+import copy
+import warnings
+from contextlib import contextmanager
+
 import peft
 import torch
 from peft import PeftModel
@@ -25,11 +29,12 @@ from torch import Tensor, nn
 from drlora_ref.allocator import RankAllocator
 from drlora_ref.inject import TARGET_MODULES
 from drlora_ref.layer import RankOneComponents, dynamic_layers
+from drlora_ref.peft_config import DYNAMIC_RANK, DynamicRankConfig
 from drlora_ref.peft_layer import (
-    DYNAMIC_RANK,
     AllocatorState,
-    DynamicRankConfig,
     DynamicRankLinear,
+    check_settled,
+    check_target,
 )
 from drlora_ref.regularizer import dem_loss
 from drlora_ref.schedule import BudgetSchedule
@@ -73,7 +78,11 @@ class DynamicRankModel(BaseTuner):
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            self._take_out(model, adapter_name)
+            raise
         if not hasattr(self, "dynamic_rank_state"):
             self.dynamic_rank_state = nn.ModuleDict()
         layers = self.layers(adapter_name)
@@ -81,15 +90,20 @@ class DynamicRankModel(BaseTuner):
         config = self.peft_config[adapter_name]
         self.dynamic_rank_state[adapter_name] = AllocatorState(layers, config, device)
 
+    def _take_out(self, model: nn.Module, adapter_name: str) -> None:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, DynamicRankLinear):
+                module.delete_adapter(adapter_name)
+                if not module.dynamic_rank_components:
+                    model.set_submodule(name, module.base_layer)
+
     def _create_and_replace(
         self, config, adapter_name, target, target_name, parent, current_key, **_
     ) -> None:
         if isinstance(target, DynamicRankLinear):
             return target.add(adapter_name, config)
-        try:
-            adapted = DynamicRankLinear(target, adapter_name, config)
-        except TypeError as error:
-            raise TypeError(f"target_modules: {current_key}: {error}") from None
+        check_target(current_key, target)
+        adapted = DynamicRankLinear(target, adapter_name, config)
         if adapter_name not in self.active_adapters:
             adapted.requires_grad_(False)
         self._replace_module(parent, target_name, adapted.train(target.training), target)
@@ -113,15 +127,42 @@ class DynamicRankModel(BaseTuner):
                     f"the checkpoint is of other ranks or targets: {name} is {tuple(tensor.shape)} "
                     f"there and {tuple(here[name])} here, with init_r = {config.init_r}"
                 )
+            unfinished = config.total_step and tensor.dim() == 0 and name.endswith("last_step")
+            if unfinished and config.inference_mode and tensor < config.schedule().t_end:
+                warnings.warn(
+                    f"this adapter is unfinished: pruning was to end at step "
+                    f"{config.schedule().t_end}, and it has {int(tensor)}. It has more components "
+                    "than target_r says",
+                    stacklevel=2,
+                )
         return loaded
 
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        for name in self.active_adapters:
+    def merge_adapter(self, adapter_names: list[str] | None = None, **kwargs) -> None:
+        self._check_merge(adapter_names)
+        super().merge_adapter(adapter_names, **kwargs)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, adapter_names=None, **kwargs):
+        if merge:
+            self._check_merge(adapter_names)
+        return super()._unload_and_optionally_merge(merge, adapter_names=adapter_names, **kwargs)
+
+    def _check_merge(self, adapter_names: list[str] | None) -> None:
+        for name in adapter_names or self.active_adapters:
             self.check_pruned(name)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, adapter_names=None, **kwargs):
+        if adapter_names is not None:  # PEFT would go on, with the active adapter for all rows
+            raise ValueError("adapter_names: one batch cannot mix adapters of this kind")
+        yield
+
     def one_adapter(self, adapter_name: str | None = None) -> str:
-        """The name given, or the one active adapter's. Raises ValueError if several are active."""
+        """The name given, or the one active adapter's.
+
+        Raises ValueError if several are active, or there is none of that name.
+        """
+        if adapter_name is not None and adapter_name not in self.peft_config:
+            raise ValueError(f"no adapter {adapter_name!r}, only {', '.join(self.peft_config)}")
         if adapter_name is None and len(self.active_adapters) != 1:
             raise ValueError(f"{len(self.active_adapters)} adapters are active: name one of them")
         return adapter_name or self.active_adapters[0]
@@ -154,6 +195,15 @@ class DynamicRankModel(BaseTuner):
             state.resume(self.layers(name), self.peft_config[name])
         return state.allocator
 
+    def set_total_step(self, total_step: int, adapter_name: str | None = None) -> None:
+        """Fill in T, for a trainer that knows it; the configuration that was given stays."""
+        name = self.one_adapter(adapter_name)
+        # PEFT goes on changing the object that it was given until its model is made; not after.
+        self.peft_config[name] = copy.copy(self.peft_config[name])
+        self.peft_config[name].total_step = total_step
+        self.dynamic_rank_state[name].found_total_step = True
+        self.dynamic_rank_state[name].forget()
+
     def update_and_allocate(self, global_step: int, adapter_name: str | None = None) -> None:
         """Algorithm 1, lines 7-9: score, smooth and prune, after optimizer step global_step.
 
@@ -169,7 +219,7 @@ class DynamicRankModel(BaseTuner):
         return dict(zip(layers, masks.sum(dim=1).tolist(), strict=True))
 
     def check_pruned(self, adapter_name: str | None = None) -> None:
-        """Raise ValueError unless the adapter's ranks are final: pruning has run to its end."""
+        """Raise ValueError unless the ranks are final: pruning has ended, what is gone is zero."""
         name = self.one_adapter(adapter_name)
         config, steps = self.peft_config[name], int(self.dynamic_rank_state[name].last_step)
         if config.init_r != config.target_r and steps < self.schedule(name).t_end:
@@ -179,6 +229,7 @@ class DynamicRankModel(BaseTuner):
                 f"pruned at step {self.schedule(name).t_end} of total_step = {config.total_step}. "
                 "Give the true number of optimizer steps as total_step, and call it after each"
             )
+        check_settled(self.layers(name))
 
 
 def find_tuner(model) -> DynamicRankModel:

@@ -36,9 +36,12 @@ def matrix_name(module: str) -> str:
 
     >>> matrix_name("encoder.layer.3.attention.output.dense"), matrix_name("layer.3.output.dense")
     ('Wo', 'Wf2')
+    >>> matrix_name("decoder.layers.0.encoder_attn.q_proj")
+    'Wq cross'
     """
     labels = [label for pattern, label in MATRICES.items() if re.search(pattern, module)]
-    return labels[0] if labels else module.split(".")[-1]
+    cross = " cross" if re.search(r"(?i)encoder_attn|encdecattention|crossatt", module) else ""
+    return (labels[0] if labels else module.split(".")[-1]) + cross
 
 
 def plot_outer_products(lora_A: Tensor, lora_B: Tensor, lora_c: Tensor) -> plt.Figure:
@@ -99,9 +102,12 @@ def plot_rank_heatmap(
     for module, rank in rank_pattern.items():
         index = re.search(r"\.(\d+)\.", module)
         side = "d" if "decoder" in module else ""  # BART has two stacks of layers
-        cells[matrix_name(module), (side, int(index[1]) if index else 0)] = rank
+        column = side, int(index[1]) if index else 0
+        row = matrix_name(module)
+        cells[module if (row, column) in cells else row, column] = rank
     # In the paper's order, whatever order the pattern is in: a record sorts its names.
-    order = [*MATRICES.values(), *dict.fromkeys(matrix for matrix, _ in cells)]
+    cross = [f"{label} cross" for label in MATRICES.values()]
+    order = [*MATRICES.values(), *cross, *dict.fromkeys(matrix for matrix, _ in cells)]
     rows = sorted({matrix for matrix, _ in cells}, key=order.index)
     columns = sorted({layer for _, layer in cells})
     table = [[cells.get((row, column), float("nan")) for column in columns] for row in rows]

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_models import needs_minilm
@@ -18,7 +19,6 @@ from trainer_script import adapted, arguments, base_model, rows, token_ids, trai
 from transformers import AutoModelForSequenceClassification
 
 from drlora_ref import (
-    DynamicLoRALinear,
     RankOneComponents,
     dynamic_layers,
     inject_adapters,
@@ -29,6 +29,7 @@ from drlora_ref.experiments.models import resolve_model
 from drlora_ref.export import export_lora, fold
 from drlora_ref.peft_trainer import DynamicRankTrainer
 from drlora_ref.peft_tuner import DynamicRankConfig
+from drlora_ref.plotting import plot_rank_heatmap
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "rank_map.png"}
@@ -150,6 +151,8 @@ def test_the_page_long_loops_model_is_exported_alike(tmp_path):
     other = loaded(tmp_path / "out")
     assert_same_logits(other, model)
     assert_same_logits(other.merge_and_unload(), merge_adapters(model))
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert settings["task_type"] == "SEQ_CLS"  # what PEFT's AutoPeftModel goes by
 
 
 def test_one_adapter_of_several_is_exported(trained, tmp_path):
@@ -234,6 +237,61 @@ def test_a_local_base_model_leaves_no_path_in_the_card(trained, tmp_path):
     ] == str(folder)  # PEFT's own file says what PEFT's own file says
 
 
+def test_a_bar_in_a_name_does_not_break_the_cards_table(trained, tmp_path):
+    export_lora(trained, tmp_path / "out", task="a|b", metric={"x|y": 1})
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert r"| task | a\|b |" in text and r"| x\|y | 1 |" in text
+
+
+SMALL = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+             intermediate_size=32)  # fmt: skip
+BART = dict(vocab_size=50, d_model=16, encoder_layers=1, decoder_layers=1, eos_token_id=2,
+            encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32,
+            decoder_ffn_dim=32, max_position_embeddings=70)  # fmt: skip
+T5 = dict(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+          decoder_start_token_id=0)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind, sizes, end, task, targets, matrices",
+    [
+        ("Llama", SMALL, "ForCausalLM", "CAUSAL_LM", "all-linear", 7),
+        ("Roberta", SMALL | {"max_position_embeddings": 70}, "ForQuestionAnswering",
+         "QUESTION_ANS", None, 6),
+        ("Bart", BART, "ForConditionalGeneration", "SEQ_2_SEQ_LM", "all-linear", 16),
+        ("T5", T5, "ForConditionalGeneration", "SEQ_2_SEQ_LM", ["q", "v"], 6),
+    ],
+)  # fmt: skip
+def test_other_kinds_of_models_go_through_tuner_export_and_picture(
+    kind, sizes, end, task, targets, matrices, tmp_path
+):
+    def base():
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{kind}Config")(**sizes)
+        return getattr(transformers, kind + end)(config)
+
+    config = DynamicRankConfig(init_r=3, target_r=2, total_step=12, deltaT=1, task_type=task,
+                               target_modules=targets)  # fmt: skip
+    model, ids = get_peft_model(base(), config), token_ids(4)
+    labels = {"labels": ids} if task != "QUESTION_ANS" else dict.fromkeys(
+        ("start_positions", "end_positions"), torch.arange(4))  # fmt: skip
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(1, 13):
+        model(input_ids=ids, **labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.update_and_allocate(step)
+    ranks = export_lora(model.eval(), tmp_path)
+    assert len(ranks) == matrices and sum(ranks.values()) == 2 * matrices
+    stock = loaded(tmp_path, base()).eval()
+    with torch.no_grad():
+        one, other = (m(input_ids=ids, **labels) for m in (model, stock))
+    torch.testing.assert_close(one.loss, other.loss, atol=1e-5, rtol=0)
+    torch.testing.assert_close(one[1], other[1], atol=1e-5, rtol=0)
+    texts = plot_rank_heatmap(ranks).texts
+    assert len([text for text in texts if text.get_text() != "nan"]) == matrices  # none is hidden
+
+
 def test_it_is_pushed_by_pefts_own_method(trained, tmp_path, monkeypatch):
     export_lora(trained, tmp_path / "out")
     pushed = set()
@@ -280,7 +338,7 @@ def test_a_model_whose_pruning_has_not_ended_is_refused(tmp_path):
     revived = ours()
     for layer in dynamic_layers(revived).values():
         nn.init.ones_(layer.lora_c)
-    with pytest.raises(ValueError, match="a component outside the mask is not zero"):
+    with pytest.raises(ValueError, match="a component that was pruned is not zero"):
         export_lora(revived, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -296,11 +354,40 @@ def test_a_model_without_components_is_refused(kind, tmp_path):
 
 def test_an_adapter_that_is_there_is_not_overwritten_unasked(trained, tmp_path):
     export_lora(trained, tmp_path / "out", task="first")
-    with pytest.raises(FileExistsError, match="has an adapter already"):
+    with pytest.raises(FileExistsError, match=r"out has .* already: name another, or overwrite"):
         export_lora(trained, tmp_path / "out", task="second")
     assert "first" in (tmp_path / "out" / "README.md").read_text()
     export_lora(trained, tmp_path / "out", task="second", overwrite=True)
     assert "second" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_readme_of_somebody_else_is_not_overwritten_unasked(trained, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"has README\.md already"):
+        export_lora(trained, tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    with pytest.raises(FileExistsError, match=r"README\.md is a file: name a folder"):
+        export_lora(trained, tmp_path / "README.md")
+
+
+@pytest.mark.parametrize("metric", [{"accuracy": "0.93"}, 0.93, "0.93"])
+def test_a_metric_that_is_no_number_with_a_name_is_refused(metric, trained, tmp_path):
+    with pytest.raises(TypeError, match=r"as \{'accuracy': 0.93\}"):
+        export_lora(trained, tmp_path / "out", metric=metric)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_else_was_trained_is_not_dropped_in_silence(tmp_path):
+    model = ours()
+    model.roberta.embeddings.LayerNorm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"LayerNorm\.weight was trained too, and a LoRA adapter"):
+        export_lora(model, tmp_path / "out")
+
+
+def test_a_merged_model_has_nothing_to_export(trained, tmp_path):
+    trained.merge_and_unload()
+    with pytest.raises(TypeError, match=r"no components .any more.: export it before"):
+        export_lora(trained, tmp_path / "out")
 
 
 def test_an_export_that_fails_leaves_what_was_there(trained, tmp_path, monkeypatch):
@@ -349,4 +436,3 @@ def test_a_real_encoder_goes_all_the_way(tmp_path):
     other = loaded(tmp_path / "out", base())
     assert_same_logits(other, model)
     assert_same_logits(other.merge_and_unload(), model.merge_and_unload())
-    assert isinstance(model.get_base_model(), DynamicLoRALinear) is False

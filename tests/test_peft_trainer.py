@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import trainer_script
+from datasets import Dataset
+from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from trainer_script import (
@@ -23,7 +25,9 @@ from trainer_script import (
 )
 from transformers import (
     EarlyStoppingCallback,
+    LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -36,6 +40,7 @@ from drlora_ref.peft_trainer import (
     DynamicRankTrainer,
     divides_its_loss,
 )
+from drlora_ref.peft_tuner import DynamicRankConfig
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
@@ -172,10 +177,48 @@ def test_trainer_alone_still_multiplies_the_gradient_of_a_roberta_classifier(tmp
     )
 
 
-def test_a_model_is_asked_whether_it_divides_its_loss():
-    assert not divides_its_loss(base_model())
-    assert divides_its_loss(LlamaForCausalLM.__new__(LlamaForCausalLM))
+TINY_LLAMA = LlamaConfig(
+    vocab_size=50,
+    hidden_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=32,
+    pad_token_id=1,
+)
+
+
+@pytest.mark.parametrize(
+    "model_class, task, divides",
+    [
+        (LlamaForCausalLM, "CAUSAL_LM", True),
+        (LlamaForSequenceClassification, "SEQ_CLS", False),  # calls loss_function, passes nothing
+    ],
+)
+def test_language_models_divide_their_loss_and_classifiers_do_not(
+    model_class, task, divides, tmp_path
+):
+    ids = trainer_script.token_ids(8)
+    labels = ids if task == "CAUSAL_LM" else (ids[:, 0] > 25).long()
+    data = Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()})
+    gradients = []
+    for k in (1, 4):
+        torch.manual_seed(0)
+        base = model_class(TINY_LLAMA)
+        assert divides_its_loss(base) == divides
+        config = DynamicRankConfig(init_r=3, target_r=3, task_type=task, lora_dropout=0.0)
+        settings = dict(per_device_train_batch_size=8 // k, gradient_accumulation_steps=k)
+        settings |= dict(train_sampling_strategy="sequential", max_steps=10, max_grad_norm=0)
+        run = DynamicRankTrainer(
+            get_peft_model(base, config), arguments(tmp_path, **settings), train_dataset=data
+        )
+        gradients.append(first_gradient(run))
+    for name, whole in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], whole, atol=1e-6, rtol=1e-4)
+
+
+def test_a_model_that_says_how_it_is_is_believed():
     base = base_model()
+    assert not divides_its_loss(base)
     base.accepts_loss_kwargs = True
     assert divides_its_loss(base)
 
@@ -362,6 +405,39 @@ def test_a_wrong_total_step_is_refused_before_the_first_step(tmp_path):
     assert run.state.global_step == 0
 
 
+def test_what_a_trainer_filled_in_is_not_left_in_the_users_configuration(tmp_path):
+    config = DynamicRankConfig(init_r=3, target_r=2, deltaT=2, task_type="SEQ_CLS")
+    for epochs in (2, 3):  # a sweep
+        run = trainer(tmp_path, get_peft_model(base_model(), config), num_train_epochs=epochs)
+        run.train()
+        assert config.total_step is None
+        assert run.model.peft_config["default"].total_step == 6 * epochs
+
+
+def test_an_attempt_that_took_no_step_may_be_followed_by_one_of_another_length(tmp_path):
+    """As auto_find_batch_size does it, when the first batch does not fit."""
+
+    class TooLarge(Exception):
+        pass
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            raise TooLarge
+
+    run = trainer(tmp_path)
+    run.add_callback(Stop())
+    with pytest.raises(TooLarge):
+        run.train()
+    run.remove_callback(Stop)
+    run.args.num_train_epochs = 3
+    run.train()
+    assert run.model.base_model.allocator().last_step == 18
+
+
+def test_logging_before_training_needs_no_schedule(tmp_path):
+    trainer(tmp_path).log({"loss": 1.0})
+
+
 def test_training_that_stops_before_pruning_ended_is_an_error(tmp_path):
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -412,6 +488,17 @@ def test_sharded_parameters_are_refused(tmp_path):
     run.args.fsdp = "full_shard"
     with pytest.raises(ValueError, match="FSDP and DeepSpeed shard the components"):
         DynamicRankCallback().on_train_begin(run.args, run.state, run.control, model=run.model)
+
+    class Sharded(Trainer):  # as `accelerate launch` makes it, by the environment
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.is_fsdp_enabled = True
+
+    class Mixed(DynamicRankMixin, Sharded):
+        pass
+
+    with pytest.raises(ValueError, match="FSDP and DeepSpeed shard the components"):
+        Mixed(adapted(), arguments(tmp_path), train_dataset=rows())
 
 
 def test_a_step_belongs_to_the_trainer_as_to_the_schedule(tmp_path):

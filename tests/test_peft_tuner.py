@@ -1,7 +1,9 @@
 """The PEFT tuner: every method that PEFT's users know, and the equations behind it."""
 
+import copy
 import inspect
 import json
+import pickle
 import re
 import runpy
 import subprocess
@@ -272,6 +274,15 @@ def test_the_configuration_survives_its_file(tmp_path):
         (dict(init_r=2, target_r=3), "target_r = 3 is above init_r = 2"),
         (dict(total_step=10, tinit=6, tfinal=4), r"tinit \+ tfinal = 6 \+ 4 leaves no step"),
         (dict(total_step=0), "total_steps = 0: must be a whole number, at least 1"),
+        (dict(init_r=3.0), r"init_r = 3\.0: must be a whole number"),
+        (dict(init_r="3"), "init_r = '3': must be a whole number"),
+        (dict(tinit=-5), "tinit = -5: must be a whole number, at least 0"),
+        (dict(tfinal=2.5), r"tfinal = 2\.5: must be a whole number"),
+        (dict(seed="a"), "seed = 'a': must be a whole number"),
+        (dict(lora_dropout=1.5), r"lora_dropout = 1\.5: must be at least 0, below 1"),
+        (dict(lora_alpha=-1), "lora_alpha = -1: must be above 0"),
+        (dict(dem_weight=float("nan")), "dem_weight = nan: must be 0"),
+        (dict(score=abs), "score = <built-in function abs>: must be a name, since it is saved"),
         (dict(deltaT=0), "deltaT = 0: must be a whole number, at least 1"),
         (dict(curve="cubic"), "curve = 'cubic': must be one of paper, adalora"),
         (dict(score="norm"), "score = 'norm': must be one of frobenius_share"),
@@ -302,6 +313,65 @@ def test_a_loop_that_forgets_to_allocate_cannot_merge():
         adapted(total_step=100).merge_and_unload()
 
 
+def test_a_loop_that_goes_on_after_its_last_step_is_stopped():
+    model = adapted(total_step=STEPS)
+    train(model)
+    with pytest.raises(ValueError, match=r"step 13 of total_step = 12: the budget was spread over"):
+        train(model, steps=1, first=13)
+
+
+def test_a_component_that_came_back_after_the_end_cannot_be_merged(trained):
+    """Who stops calling the allocator after the last event leaves pruned components training."""
+    for layer in trained.base_model.layers().values():
+        layer.lora_c.data += 0.1
+    with pytest.raises(ValueError, match="a component that was pruned is not zero"):
+        trained.merge_and_unload()
+
+
+def test_merging_asks_for_the_adapters_that_are_merged(trained):
+    trained.add_adapter("fresh", DynamicRankConfig(init_r=3, target_r=2, total_step=100))
+    with pytest.raises(ValueError, match="adapter 'fresh': pruning has not ended"):
+        trained.merge_adapter(adapter_names=["fresh"])
+    with pytest.raises(ValueError, match="adapter 'fresh': pruning has not ended"):
+        trained.merge_and_unload(adapter_names=["fresh"])
+    trained.set_adapter("fresh")
+    trained.merge_and_unload(adapter_names=["default"])
+
+
+def test_an_unfinished_adapter_warns_where_it_is_used(tmp_path):
+    model = adapted(total_step=100)
+    train(model)
+    model.save_pretrained(tmp_path)
+    with pytest.warns(
+        UserWarning, match="unfinished: pruning was to end at step 50, and it has 12"
+    ):
+        PeftModel.from_pretrained(base_model(), tmp_path)
+
+
+def test_a_name_that_no_adapter_has_is_refused(trained):
+    with pytest.raises(ValueError, match="no adapter 'nope', only default"):
+        trained.rank_pattern("nope")
+
+
+def test_rows_of_one_batch_cannot_have_adapters_of_their_own(trained):
+    with pytest.raises(ValueError, match="one batch cannot mix adapters"):
+        trained(**batch(), adapter_names=["default"] * 16)
+
+
+def test_a_refused_target_leaves_the_model_as_it_was():
+    base = base_model()
+    with pytest.raises(TypeError, match=r"LayerNorm is LayerNorm; only nn\.Linear"):
+        adapted(base, target_modules=["query", "layer.1.output.LayerNorm"])
+    assert not [m for m in base.modules() if isinstance(m, BaseTunerLayer)]
+    assert len(adapted(base, target_modules=["query"]).base_model.layers()) == 2
+
+
+def test_the_model_can_be_copied_and_pickled(trained):
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(trained)))
+    assert torch.equal(logits(copied), logits(trained))
+    assert copied.base_model.allocator().last_step == STEPS
+
+
 def test_nothing_to_prune_can_be_merged_at_any_time():
     adapted(total_step=100, init_r=2, target_r=2).merge_and_unload()
 
@@ -326,7 +396,7 @@ def test_a_model_that_has_adapters_is_refused(method):
 
 
 def test_targets_that_are_no_linear_layers_are_refused():
-    message = "target_modules: roberta.embeddings.word_embeddings: only nn.Linear.*not Embedding"
+    message = "target_modules: roberta.embeddings.word_embeddings is Embedding; only nn.Linear"
     with pytest.raises(TypeError, match=message):
         adapted(target_modules=["word_embeddings"])
 
@@ -336,7 +406,7 @@ def test_quantised_weights_are_refused():
     weight = base.roberta.encoder.layer[0].attention.self.query.weight
     whole = nn.Parameter(weight.detach().to(torch.int8), requires_grad=False)
     base.roberta.encoder.layer[0].attention.self.query.weight = whole
-    with pytest.raises(TypeError, match=r"query: Linear with a weight of torch\.int8: quantised"):
+    with pytest.raises(TypeError, match=r"query is Linear with a weight of torch\.int8; quantised"):
         adapted(base)
     marked = base_model()
     marked.is_quantized = True  # as transformers marks what it has loaded in 4 or 8 bits
@@ -421,7 +491,8 @@ def test_peft_still_reads_its_tables_at_call_time():
     [
         ("inject_adapter", ["self", "model", "adapter_name"]),
         ("_replace_module", ["self", "parent", "child_name", "new_module", "child"]),
-        ("_check_merge_allowed", ["self"]),
+        ("merge_adapter", ["self", "adapter_names"]),
+        ("_unload_and_optionally_merge", ["self", "merge"]),
         ("delete_adapter", ["self", "adapter_name"]),
         (
             "_remap_adapter_state_dict_for_load",
@@ -463,7 +534,9 @@ def test_peft_still_saves_what_the_tuner_itself_holds(trained, tmp_path):
 def test_no_part_of_the_tuner_has_a_name_that_peft_takes_for_a_head(trained):
     names = {name.split(".")[-1] for name, _ in trained.base_model.named_modules()}
     ours = {n for n in names if n.startswith("dynamic_rank")} | {"lora_dropout"}
-    assert len(ours) == 3 and not [n for n in ours if n.endswith(tuple(SEQ_CLS_HEAD_NAMES))]
+    assert "dynamic_rank_components" in ours and not [
+        n for n in ours if n.endswith(tuple(SEQ_CLS_HEAD_NAMES))
+    ]
     assert dynamic_layers(trained).keys() and isinstance(
         next(iter(dynamic_layers(trained).values())), RankOneComponents
     )
