@@ -127,14 +127,8 @@ class DynamicRankModel(BaseTuner):
                     f"the checkpoint is of other ranks or targets: {name} is {tuple(tensor.shape)} "
                     f"there and {tuple(here[name])} here, with init_r = {config.init_r}"
                 )
-            unfinished = config.total_step and tensor.dim() == 0 and name.endswith("last_step")
-            if unfinished and config.inference_mode and tensor < config.schedule().t_end:
-                warnings.warn(
-                    f"this adapter is unfinished: pruning was to end at step "
-                    f"{config.schedule().t_end}, and it has {int(tensor)}. It has more components "
-                    "than target_r says",
-                    stacklevel=2,
-                )
+            if config.inference_mode and name.endswith(f".{adapter_name}.last_step"):
+                _warn_unfinished(config, int(tensor))
         return loaded
 
     def merge_adapter(self, adapter_names: list[str] | None = None, **kwargs) -> None:
@@ -230,6 +224,15 @@ class DynamicRankModel(BaseTuner):
                 "Give the true number of optimizer steps as total_step, and call it after each"
             )
         check_settled(self.layers(name))
+
+
+def _warn_unfinished(config: DynamicRankConfig, steps: int) -> None:
+    if config.total_step and config.init_r > config.target_r and steps < config.schedule().t_end:
+        warnings.warn(
+            f"this adapter is unfinished: pruning was to end at step {config.schedule().t_end}, and "
+            f"it has {steps}. It has more components than target_r says",
+            stacklevel=2,
+        )
 
 
 def find_tuner(model) -> DynamicRankModel:

@@ -7,11 +7,13 @@ import pytest
 import torch
 import transformers
 from conftest import TINY
+from datasets import Dataset
 from test_loop import TIMES, still_model, without_times
 from torch import nn
 
 from drlora_ref import BudgetSchedule
-from drlora_ref.experiments import methods, replicas, results, runs, tasks
+from drlora_ref.experiments import methods, models, replicas, results, runs, tasks
+from drlora_ref.experiments.data import PaddedRows
 from drlora_ref.experiments.replica_runs import check_replicas, run_replicas, set_up_replicas
 from drlora_ref.experiments.replica_step import ReplicaAdamW, clip_gradients, rate_factor
 from drlora_ref.experiments.settings import Settings
@@ -307,6 +309,34 @@ def test_rows_that_are_the_same_are_encoded_once(tmp_path, monkeypatch):
     assert len(encoded) == 1
     set_up_replicas(settings(tmp_path / "b", dict(seed=0), dict(seed=1), train_size=40))
     assert len(encoded) == 3  # each draws its own forty
+
+
+def test_a_batch_of_padded_rows_is_what_the_collator_makes():
+    """In pieces of seven, so that each is padded to rows of another piece."""
+    data = tasks.load_task("mrpc", data_dir="generated")
+    _, tokenizer = tasks.load_model(models.resolve_model("tiny-roberta"), "mrpc")
+    inputs = tasks.prepare(data, tokenizer, max_length=64)
+    other = inputs.train.shuffle(seed=1)
+    rows = PaddedRows([inputs.train, other, inputs.train], inputs.collate, at_a_time=7)
+    assert len(rows.lengths) == 2 * len(inputs.train)  # the third reads what the first reads
+    for numbers in (([0, 1], [2], [3]), ([40, 3], [17, 3], []), ([], [9], [9])):
+        sets = zip((inputs.train, other, inputs.train), numbers, strict=True)
+        expected = inputs.collate([row for one, some in sets for row in one.select(some).to_list()])
+        found = rows[numbers]
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+
+
+def test_rows_padded_on_the_left_are_refused():
+    def collate(rows):
+        width = max(len(row["input_ids"]) for row in rows)
+        padding = [width - len(row["input_ids"]) for row in rows]
+        return {"attention_mask": (torch.arange(width) >= torch.tensor(padding)[:, None]).long()}
+
+    rows = Dataset.from_dict({"input_ids": [[1, 2], [3, 4, 5]]})
+    with pytest.raises(ValueError, match="padded on the left"):
+        PaddedRows([rows], collate)
 
 
 def test_no_replica_at_all_is_refused():

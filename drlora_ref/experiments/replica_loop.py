@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from drlora_ref.experiments import replicas
 from drlora_ref.experiments.checkpoints import Checkpoint, random_state, set_random_state
+from drlora_ref.experiments.data import PaddedRows
 from drlora_ref.experiments.replica_step import (
     ReplicaAdamW,
     ReplicaAllocator,
@@ -72,6 +73,7 @@ class ReplicaLoop:
             )
             for own, order in zip(self.inputs, self.orders, strict=True)
         ]
+        self.rows = PaddedRows([own.train for own in self.inputs], self.inputs[0].collate)
         self.step, self.epoch, self.step_in_epoch = 0, 1, 0
         self.orders_at_epoch_start = [order.get_state() for order in self.orders]
         self.health: list[list] = []  # of each step: (R, 2), loss and gradient norm
@@ -121,22 +123,16 @@ class ReplicaLoop:
             batches = itertools.islice(batches, self.step_in_epoch * k, None)
             while group := list(itertools.islice(batches, k)):
                 self.step_in_epoch += 1
-                yield [self._collate(numbers) for numbers in group]
+                yield [self.rows[numbers] for numbers in group]
             self.epoch, self.step_in_epoch = self.epoch + 1, 0
             self.orders_at_epoch_start = [order.get_state() for order in self.orders]
-
-    def _collate(self, numbers: tuple[list[int], ...]) -> dict[str, Tensor]:
-        rows = []
-        for own, chosen in zip(self.inputs, numbers, strict=True):
-            rows += own.train.select(chosen).to_list()
-        batch = self.inputs[0].collate(rows)
-        return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def _optimizer_step(self, group: list[dict[str, Tensor]]) -> Tensor:
         """Lines 3-6 of Algorithm 1; (R, 2), losses and gradient norms, without waiting."""
         rows = sum(len(batch["labels"]) for batch in group)
         loss = torch.zeros(len(self.inputs), device=self.device)
         for batch in group:
+            batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
             labels = batch.pop("labels")
             with self.accelerator.autocast():
                 logits = self.model(**batch).logits
