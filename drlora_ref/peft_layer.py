@@ -1,6 +1,7 @@
 """The parts of the PEFT tuner: its layer, and its allocator's memory."""
 
 import json
+import warnings
 import zlib
 from dataclasses import asdict
 
@@ -37,6 +38,16 @@ def check_settled(layers: dict[str, RankOneComponents]) -> None:
                 "or the allocator was not called after an optimizer step since: call it after "
                 "every step, to the last"
             )
+
+
+def warn_unfinished(config: DynamicRankConfig, steps: int) -> None:
+    """Warn where an adapter of so many steps has not been pruned to its end."""
+    if config.total_step and config.init_r > config.target_r and steps < config.schedule().t_end:
+        warnings.warn(
+            f"this adapter is unfinished: pruning was to end at step {config.schedule().t_end}, "
+            f"and it has {steps}. It has more components than target_r says",
+            stacklevel=2,
+        )
 
 
 class DynamicRankLinear(nn.Module, BaseTunerLayer):

@@ -11,7 +11,6 @@ tested with.
 """
 
 import copy
-import warnings
 from contextlib import contextmanager
 
 import peft
@@ -35,6 +34,7 @@ from drlora_ref.peft_layer import (
     DynamicRankLinear,
     check_settled,
     check_target,
+    warn_unfinished,
 )
 from drlora_ref.regularizer import dem_loss
 from drlora_ref.schedule import BudgetSchedule
@@ -128,7 +128,7 @@ class DynamicRankModel(BaseTuner):
                     f"there and {tuple(here[name])} here, with init_r = {config.init_r}"
                 )
             if config.inference_mode and name.endswith(f".{adapter_name}.last_step"):
-                _warn_unfinished(config, int(tensor))
+                warn_unfinished(config, int(tensor))
         return loaded
 
     def merge_adapter(self, adapter_names: list[str] | None = None, **kwargs) -> None:
@@ -224,15 +224,6 @@ class DynamicRankModel(BaseTuner):
                 "Give the true number of optimizer steps as total_step, and call it after each"
             )
         check_settled(self.layers(name))
-
-
-def _warn_unfinished(config: DynamicRankConfig, steps: int) -> None:
-    if config.total_step and config.init_r > config.target_r and steps < config.schedule().t_end:
-        warnings.warn(
-            f"this adapter is unfinished: pruning was to end at step {config.schedule().t_end}, and "
-            f"it has {steps}. It has more components than target_r says",
-            stacklevel=2,
-        )
 
 
 def find_tuner(model) -> DynamicRankModel:
