@@ -54,6 +54,8 @@ def _find(folders: Iterable[str | Path]) -> Iterable[Path]:
 
 def _row(path: Path) -> dict:
     record = read_record(path)
+    if record.get("replicas", 1) > 1:  # then these are of all replicas together
+        record |= dict.fromkeys(("seconds", "peak_memory_mib"))
     parameters = {"seed": record.get("seed"), **record.get("parameters", {})}
     if missing := [name for name in NEEDED if name not in record | parameters]:
         raise ValueError(f"{path} is not the record of a run: it lacks {', '.join(missing)}")
@@ -100,9 +102,7 @@ def _further_metrics_at_best(record: dict) -> dict[str, float]:
 
 
 def _steps_per_second(record: dict) -> float:
-    if "seconds" not in record or record.get("replicas", 1) > 1:  # then seconds are of all
-        return math.nan
-    training = record["seconds"] - record.get("evaluation_seconds", 0)
+    training = (record.get("seconds") or 0) - record.get("evaluation_seconds", 0)
     return record["steps"] / training if training > 0 else math.nan
 
 
