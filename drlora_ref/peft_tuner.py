@@ -80,6 +80,11 @@ class DynamicRankModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            where = {str(m.lora_c.device) for m in self.layers(adapter_name).values()}
+            if len(where) > 1:
+                raise ValueError(
+                    f"the model is on {', '.join(sorted(where))}: scores need one device"
+                )
         except Exception:
             self._take_out(model, adapter_name)
             raise

@@ -366,6 +366,14 @@ def test_a_refused_target_leaves_the_model_as_it_was():
     assert len(adapted(base, target_modules=["query"]).base_model.layers()) == 2
 
 
+def test_a_model_spread_over_devices_is_refused():
+    base = base_model()
+    base.roberta.encoder.layer[1].output.dense.to("meta")
+    with pytest.raises(ValueError, match="the model is on cpu, meta: scores need one device"):
+        adapted(base)
+    assert not [m for m in base.modules() if isinstance(m, BaseTunerLayer)]
+
+
 def test_the_model_can_be_copied_and_pickled(trained):
     copied = pickle.loads(pickle.dumps(copy.deepcopy(trained)))
     assert torch.equal(logits(copied), logits(trained))
