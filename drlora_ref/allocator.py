@@ -51,6 +51,14 @@ def check_scoring(score: str | Callable, beta: float) -> None:
         raise ValueError(f"beta = {beta}: must be at least 0 and less than 1")
 
 
+@torch.no_grad()
+def zero_pruned(layers: dict[str, nn.Module]) -> None:
+    """Set the c of every component outside its layer's mask to zero, in place."""
+    # One fused call for all layers: this runs after every step of the second half of training.
+    layers = layers.values()
+    torch._foreach_mul_([m.lora_c for m in layers], [m.component_mask for m in layers])
+
+
 class RankAllocator:
     """Distributes one budget of components over all layers while the model trains (Algorithm 1).
 
@@ -129,22 +137,17 @@ class RankAllocator:
             )
         self.last_step = global_step
         if self.schedule.pruning_ended(global_step):
-            return self._zero_pruned()
+            return zero_pruned(self.layers)
         scores = self.scores()
         self.ema = ema_update(self.ema.to(scores), scores, self.beta)
         if self.schedule.prunes_at(global_step):
             keep = self.schedule.keep_count(global_step, self.ema.numel())
             self._set_mask(select_components(self.ema, keep))
-            self._zero_pruned()
+            zero_pruned(self.layers)
 
     def _set_mask(self, mask: Tensor) -> None:
         for layer, part in zip(self.layers.values(), mask.split(self.sizes), strict=True):
             layer.component_mask.copy_(part)
-
-    def _zero_pruned(self) -> None:
-        layers = self.layers.values()
-        # One fused call for all layers: this runs after every step of the second half of training.
-        torch._foreach_mul_([m.lora_c for m in layers], [m.component_mask for m in layers])
 
     @property
     def mask(self) -> Tensor:

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from drlora_ref.inject import HEADS, in_head
+from drlora_ref.inject import head_modules, in_head
 from drlora_ref.layer import RankOneComponents, dynamic_layers
 from drlora_ref.model_card import model_card
 from drlora_ref.peft_layer import check_settled
@@ -128,7 +128,6 @@ def _take_apart(model: nn.Module, adapter_name: str | None):
     layers = dynamic_layers(model)
     if not layers:
         raise TypeError(f"{type(model).__name__} has no dynamic-rank components to export")
-    heads = sorted(HEADS & {name.split(".")[-1] for name, _ in model.named_modules()})
     head = {f"base_model.model.{n}": t for n, t in model.state_dict().items() if in_head(n)}
     ours = {id(p) for layer in layers.values() for p in layer.parameters()}
     for name, p in model.named_parameters():
@@ -137,7 +136,9 @@ def _take_apart(model: nn.Module, adapter_name: str | None):
     kind = type(model).__name__.split("For")[-1]
     name = getattr(getattr(model, "config", None), "name_or_path", None)
     config = LoraConfig(
-        task_type=TASK_TYPES.get(kind), modules_to_save=heads, base_model_name_or_path=name or None
+        task_type=TASK_TYPES.get(kind),
+        modules_to_save=head_modules(model),
+        base_model_name_or_path=name or None,
     )
     return layers, head, config
 
@@ -159,10 +160,8 @@ def _check_given(folder: Path, metric: dict[str, float] | None, overwrite: bool)
     there = [name for name in FILES if (folder / name).exists()]
     if there and not overwrite:
         raise FileExistsError(f"{folder} has {there[0]} already: name another, or overwrite=True")
-    for name, value in metric.items() if isinstance(metric, dict) else [("metric", metric)]:
-        if value is not None and not isinstance(value, int | float):
-            raise TypeError(f"metric: {name} = {value!r}; give numbers, as {{'accuracy': 0.93}}")
-    if metric is not None and not isinstance(metric, dict):
+    numbers = metric.values() if isinstance(metric, dict) else ["no dictionary"]
+    if metric is not None and not all(isinstance(value, int | float) for value in numbers):
         raise TypeError(f"metric = {metric!r}: give names with numbers, as {{'accuracy': 0.93}}")
 
 

@@ -30,6 +30,15 @@ def in_head(name: str) -> bool:
     return not HEADS.isdisjoint(name.split("."))
 
 
+def head_modules(model: nn.Module) -> list[str]:
+    """The names in HEADS that the model has, sorted: what PEFT calls modules_to_save.
+
+    >>> head_modules(nn.ModuleDict({"query": nn.Linear(4, 4), "classifier": nn.Linear(4, 2)}))
+    ['classifier']
+    """
+    return sorted(HEADS & {name.split(".")[-1] for name, _ in model.named_modules()})
+
+
 def default_target_modules(model: nn.Module, cross_attention: bool = False) -> list[str]:
     """The six matrices of each layer, for RoBERTa, BERT, MPNet and BART.
 
@@ -48,6 +57,18 @@ def default_target_modules(model: nn.Module, cross_attention: bool = False) -> l
     return TARGET_MODULES[kind] + extra
 
 
+def check_target(name: str, module: nn.Module) -> None:
+    """Raise TypeError for what cannot be adapted: no nn.Linear, or one with a quantised weight."""
+    kind = type(module).__name__
+    if not isinstance(module, nn.Linear):
+        raise TypeError(f"target_modules: {name} is {kind}; only nn.Linear can be adapted")
+    if not module.weight.is_floating_point():
+        raise TypeError(
+            f"target_modules: {name} is {kind} with a weight of {module.weight.dtype}; quantised "
+            "layers cannot be adapted, load the model in float32 or bfloat16"
+        )
+
+
 def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target)
 
@@ -64,9 +85,7 @@ def _find_targets(model: nn.Module, target_modules: list[str]) -> dict[str, nn.L
                 f"linear layers with a near name: {', '.join(near)}"
             )
     for name, module in found.items():
-        if not isinstance(module, nn.Linear):
-            kind = type(module).__name__
-            raise TypeError(f"target_modules: {name} is {kind}; only nn.Linear can be adapted")
+        check_target(name, module)
     return found
 
 

@@ -46,8 +46,9 @@ def model_card(
     """
     base = config.base_model_name_or_path
     is_local = base and Path(base).exists()
+    name = Path(base).name if is_local else base
     facts = {
-        "base model": (Path(base).name + " (a local folder)" if is_local else base) or "not named",
+        "base model": (f"{name} (a local folder)" if is_local else name) or "not named",
         "task": task or "not named",
         **{name: f"{value:.4g}" for name, value in metric.items()},
         "rank": f"{min(ranks.values())} to {max(ranks.values())}",
@@ -65,7 +66,7 @@ def model_card(
         form += ", filled up with zeros"
     return CARD.format(
         front=front.to_yaml(),
-        of_base=f" for {Path(base).name if is_local else base}" if base else "",
+        of_base=f" for {name}" if name else "",
         components=sum(ranks.values()),
         matrices=len(ranks),
         mean=sum(ranks.values()) / len(ranks),
@@ -73,7 +74,7 @@ def model_card(
         facts="\n".join(
             f"| {name} | {value} |".replace("\n", " ") for name, value in escaped.items()
         ),
-        make_base=_make_base(model, Path(base).name if is_local else base),
+        make_base=_make_base(model, name),
     )
 
 

@@ -14,18 +14,6 @@ from drlora_ref.layer import RankOneComponents, like_base
 from drlora_ref.peft_config import DynamicRankConfig
 
 
-def check_target(name: str, module: nn.Module) -> None:
-    """Raise TypeError for what cannot be adapted: no nn.Linear, or one with a quantised weight."""
-    kind = type(module).__name__
-    if not isinstance(module, nn.Linear):
-        raise TypeError(f"target_modules: {name} is {kind}; only nn.Linear can be adapted")
-    if not module.weight.is_floating_point():
-        raise TypeError(
-            f"target_modules: {name} is {kind} with a weight of {module.weight.dtype}; quantised "
-            "layers cannot be adapted, load the model in float32 or bfloat16"
-        )
-
-
 def check_settled(layers: dict[str, RankOneComponents]) -> None:
     """Raise ValueError if a pruned component is not zero: it counts in the output, not in the rank.
 

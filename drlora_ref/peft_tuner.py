@@ -26,23 +26,22 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from drlora_ref.allocator import RankAllocator
-from drlora_ref.inject import TARGET_MODULES
+from drlora_ref.inject import TARGET_MODULES, check_target
 from drlora_ref.layer import RankOneComponents, dynamic_layers
 from drlora_ref.peft_config import DYNAMIC_RANK, DynamicRankConfig
 from drlora_ref.peft_layer import (
     AllocatorState,
     DynamicRankLinear,
     check_settled,
-    check_target,
     warn_unfinished,
 )
 from drlora_ref.regularizer import dem_loss
 from drlora_ref.schedule import BudgetSchedule
 
-TESTED = ("0.21.",)
+TESTED = "0.21."
 if not peft.__version__.startswith(TESTED):
     raise ImportError(
-        f"drlora_ref.peft_tuner reaches into PEFT and is tested with {TESTED[0]}*; this is PEFT "
+        f"drlora_ref.peft_tuner reaches into PEFT and is tested with {TESTED}*; this is PEFT "
         f"{peft.__version__}: pip install 'peft>=0.21,<0.22'"
     )
 
@@ -80,20 +79,18 @@ class DynamicRankModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            where = {str(m.lora_c.device) for m in self.layers(adapter_name).values()}
+            layers = self.layers(adapter_name)
+            where = {model.get_submodule(name).weight.device for name in layers}
             if len(where) > 1:
-                raise ValueError(
-                    f"the model is on {', '.join(sorted(where))}: scores need one device"
-                )
+                named = ", ".join(sorted(map(str, where)))
+                raise ValueError(f"the model is on {named}: scores need one device")
         except Exception:
             self._take_out(model, adapter_name)
             raise
         if not hasattr(self, "dynamic_rank_state"):
             self.dynamic_rank_state = nn.ModuleDict()
-        layers = self.layers(adapter_name)
-        device = next(m for m in model.modules() if isinstance(m, DynamicRankLinear)).weight.device
         config = self.peft_config[adapter_name]
-        self.dynamic_rank_state[adapter_name] = AllocatorState(layers, config, device)
+        self.dynamic_rank_state[adapter_name] = AllocatorState(layers, config, *where)
 
     def _take_out(self, model: nn.Module, adapter_name: str) -> None:
         for name, module in list(model.named_modules()):

@@ -55,6 +55,11 @@ TINY = dict(
 )
 
 
+TINY_BART = dict(vocab_size=50, d_model=16, encoder_layers=1, decoder_layers=1, eos_token_id=2,
+                 encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32,
+                 decoder_ffn_dim=32, max_position_embeddings=70)  # fmt: skip
+
+
 @pytest.fixture
 def tiny_roberta():
     """A random RoBERTa classifier, two layers of hidden size 16, in float32."""

@@ -11,6 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from conftest import TINY_BART
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_models import needs_minilm
@@ -245,9 +246,6 @@ def test_a_bar_in_a_name_does_not_break_the_cards_table(trained, tmp_path):
 
 SMALL = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
              intermediate_size=32)  # fmt: skip
-BART = dict(vocab_size=50, d_model=16, encoder_layers=1, decoder_layers=1, eos_token_id=2,
-            encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32,
-            decoder_ffn_dim=32, max_position_embeddings=70)  # fmt: skip
 T5 = dict(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
           decoder_start_token_id=0)  # fmt: skip
 
@@ -258,7 +256,7 @@ T5 = dict(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
         ("Llama", SMALL, "ForCausalLM", "CAUSAL_LM", "all-linear", 7),
         ("Roberta", SMALL | {"max_position_embeddings": 70}, "ForQuestionAnswering",
          "QUESTION_ANS", None, 6),
-        ("Bart", BART, "ForConditionalGeneration", "SEQ_2_SEQ_LM", "all-linear", 16),
+        ("Bart", TINY_BART, "ForConditionalGeneration", "SEQ_2_SEQ_LM", "all-linear", 16),
         ("T5", T5, "ForConditionalGeneration", "SEQ_2_SEQ_LM", ["q", "v"], 6),
     ],
 )  # fmt: skip

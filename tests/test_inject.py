@@ -164,3 +164,12 @@ def test_an_impossible_rank_changes_nothing(tiny_roberta):
 def test_a_model_without_default_targets_is_refused_by_its_kind():
     with pytest.raises(ValueError, match=r"no default target_modules for 'Linear' .*roberta, bert"):
         inject_adapters(nn.Linear(2, 2))
+
+
+def test_quantised_weights_are_refused_before_anything_is_changed():
+    model = nn.ModuleDict({"query": nn.Linear(4, 4), "key": nn.Linear(4, 4)})
+    whole = model["key"].weight.detach().to(torch.int8)
+    model["key"].weight = nn.Parameter(whole, requires_grad=False)
+    with pytest.raises(TypeError, match=r"key is Linear with a weight of torch\.int8; quantised"):
+        inject_adapters(model, ["query", "key"], r=2)
+    assert type(model["query"]) is nn.Linear

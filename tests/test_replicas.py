@@ -6,10 +6,11 @@ import dataclasses
 import pytest
 import torch
 import transformers
-from conftest import TINY
+from conftest import TINY_BART
 from datasets import Dataset
 from test_loop import TIMES, still_model, without_times
 from torch import nn
+from trainer_script import SIZES
 
 from drlora_ref import BudgetSchedule
 from drlora_ref.experiments import methods, models, replicas, results, runs, tasks
@@ -244,15 +245,9 @@ def test_the_learning_rate_rises_and_falls_as_transformers_has_it():
         schedule.step()
 
 
-SIZES = dict(TINY, vocab_size=50)
-BART = dict(vocab_size=50, d_model=16, encoder_layers=1, decoder_layers=1, eos_token_id=2,
-            encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32,
-            decoder_ffn_dim=32, max_position_embeddings=70)  # fmt: skip
-
-
 @pytest.mark.parametrize("labels", [2, 1])
 @pytest.mark.parametrize(
-    "kind, sizes", [("Roberta", SIZES), ("Bert", SIZES), ("MPNet", SIZES), ("Bart", BART)]
+    "kind, sizes", [("Roberta", SIZES), ("Bert", SIZES), ("MPNet", SIZES), ("Bart", TINY_BART)]
 )
 def test_replicas_compute_what_each_single_model_computes(kind, sizes, labels):
     """Every kind of encoder that the package adapts, whatever its head; classes or a score."""

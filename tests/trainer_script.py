@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from conftest import TINY
 from datasets import Dataset
 from peft import get_peft_model
 from transformers import (
@@ -19,14 +20,7 @@ from transformers import (
 from drlora_ref.peft_trainer import DynamicRankTrainer
 from drlora_ref.peft_tuner import DynamicRankConfig
 
-SIZES = dict(
-    vocab_size=50,
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=32,
-    max_position_embeddings=70,
-)
+SIZES = dict(TINY, vocab_size=50)
 
 
 def base_model(**config) -> RobertaForSequenceClassification:

@@ -7,7 +7,6 @@ them are still to do, and the story as it goes. A run is done when its folder ho
 with its key, so the folder is all that is remembered from one call to the next.
 """
 
-import itertools
 import os
 import time
 from collections import Counter
@@ -124,27 +123,19 @@ def _do(packs: list[list[Run]], start: Callable, stale: bool, code: str) -> Iter
     ]
     everything = [run for runs in packs for run in runs]
     began, steps, total = time.perf_counter(), 0, sum(run.steps for run in everything)
-    numbers = itertools.count(1)
     with closing(start(tasks)) as ended:
-        for place, job in ended:
-            for run in packs[place]:
-                error = _error(run, job, code)
-                steps += run.steps
-                spent = time.perf_counter() - began
-                times = (
-                    f"{_time(spent)} so far, about {_time(spent / steps * (total - steps))} left"
-                )
-                outcome = f"{FAILED}: {error}" if error else state_of(run, code)[1]
-                at = f"[{next(numbers)}/{len(everything)}]"
-                print(f"{at} {run.label}: {outcome}; {times}", flush=True)
-                log = os.path.relpath(job.paths.stderr)
-                yield f"{run.label}: {error} (log: {log})" if error else ""
-
-
-def _error(run: Run, job, code: str) -> str:
-    state, note = state_of(run, code)
-    wrote_none = "the notebook ran to its end and wrote no record.json"
-    return jobs.error_of(job) or ("" if state in (DONE, OTHER_CODE) else note or wrote_none)
+        pairs = ((run, job) for place, job in ended for run in packs[place])
+        for number, (run, job) in enumerate(pairs, 1):
+            error, (state, note) = jobs.error_of(job), state_of(run, code)
+            if not error and state not in (DONE, OTHER_CODE):
+                error = note or "the notebook ran to its end and wrote no record.json"
+            steps += run.steps
+            spent = time.perf_counter() - began
+            times = f"{_time(spent)} so far, about {_time(spent / steps * (total - steps))} left"
+            outcome = f"{FAILED}: {error}" if error else note
+            print(f"[{number}/{len(everything)}] {run.label}: {outcome}; {times}", flush=True)
+            log = os.path.relpath(job.paths.stderr)
+            yield f"{run.label}: {error} (log: {log})" if error else ""
 
 
 def _time(seconds: float) -> str:

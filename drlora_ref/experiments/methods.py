@@ -16,9 +16,9 @@ from drlora_ref.allocator import RankAllocator
 from drlora_ref.experiments.adalora import AdaLoRAAllocator
 from drlora_ref.experiments.adapters import insert_adapters
 from drlora_ref.inject import (
-    HEADS,
     count_parameters,
     default_target_modules,
+    head_modules,
     inject_adapters,
     mark_only_adapters_trainable,
 )
@@ -197,9 +197,8 @@ def count_trainable(prepared: Prepared) -> dict[str, int]:
 
 
 def _with_peft(model: nn.Module, config_class: type[LoraConfig], **given) -> PeftModel:
-    heads = sorted(HEADS & {name.split(".")[-1] for name, _ in model.named_modules()})
     config = config_class(
-        target_modules=default_target_modules(model), modules_to_save=heads, **given
+        target_modules=default_target_modules(model), modules_to_save=head_modules(model), **given
     )
     with warnings.catch_warnings():
         # PEFT asks a question of transformers by its old name; the answer is the right one.

@@ -23,7 +23,7 @@ from drlora_ref.experiments.models import resolve_model
 from drlora_ref.experiments.notebooks import check_known, check_parameters, read_yaml
 from drlora_ref.experiments.replica_runs import can_be_replica, shared_settings
 from drlora_ref.experiments.runs import make_schedule
-from drlora_ref.experiments.settings import FAMILIES, Settings, run_key
+from drlora_ref.experiments.settings import FAMILIES, PLACES, Settings, run_key
 
 KINDS = {
     "notebook": str,
@@ -38,7 +38,6 @@ KEYS = {
     "best_of": {"folder": str, "parameter": str},
     "cost": {"optimizer_steps": int, "gpu_hours": int | float, "basis": str},
 }
-BY_GRID = ("output_dir", "overwrite")  # parameters that the grid itself sets
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,8 @@ def _check_sets(file, grid: dict) -> None:
     names = [*same, *in_cases, *vary, *best]
     if twice := [name for name, times in Counter(names).items() if times > 1]:
         raise ValueError(f"{file} sets {', '.join(twice)} in two places")
-    known = {"table_8", *(field.name for field in fields(Settings))} - set(BY_GRID)
+    # Where a run is kept is the grid's to say.
+    known = {"table_8", *(field.name for field in fields(Settings))} - set(PLACES)
     check_known(f"{file}: a run has no", names, known)
     given = [value for one in (same, *cases) for value in one.values()]
     for value in itertools.chain(given, *vary.values()):
@@ -137,7 +137,7 @@ def plan(grid: dict, out: Path) -> list[Run]:
         if key in runs:
             raise ValueError(f"{runs[key].label} and {label} are the same run")
         folder = next(out.glob(f"*-{key}"), out / f"{label}-{key}")  # labels may change
-        given = {k: v for k, v in asdict(one).items() if k in known and k not in BY_GRID}
+        given = {k: v for k, v in asdict(one).items() if k in known and k not in PLACES}
         task = jobs.Task(grid["notebook"], folder, given)
         steps = _steps(label, one, rows)
         shared = repr((steps, shared_settings(one))) if can_be_replica(one) else None

@@ -27,9 +27,6 @@ from drlora_ref.experiments.replica_step import (
 from drlora_ref.inject import in_head
 from drlora_ref.train import CHECK_EVERY, count_steps, verdict
 
-# What runs on one encoder may differ in; all else of their settings they share.
-OWN = ("method", "seed", "init_r", "target_r", "learning_rate", "dem_weight", "score", "curve")
-
 
 class ReplicaLoop:
     """All replicas from their first step, or their checkpoint, to the last.
@@ -41,7 +38,7 @@ class ReplicaLoop:
     def __init__(self, model: nn.Module, jobs: list, prunes: list[bool], checkpoint: Checkpoint):
         self.inputs, self.schedules = [j.inputs for j in jobs], [j.schedule for j in jobs]
         settings, accelerator = [job.settings for job in jobs], jobs[0].accelerator
-        self.settings, self.accelerator, self.checkpoint = settings, accelerator, checkpoint
+        self.accelerator, self.checkpoint = accelerator, checkpoint
         self.device = accelerator.device
         self.model = model.to(self.device)
         self.shared, self.schedule = settings[0], self.schedules[0]
@@ -61,6 +58,7 @@ class ReplicaLoop:
         )
         self.prunes = prunes
         weights = [s.dem_weight * prune for s, prune in zip(settings, prunes, strict=True)]
+        self.adds_dem = any(weights)
         self.dem_weights = torch.tensor(weights, device=self.device)
         self.orders = [torch.Generator().manual_seed(s.seed) for s in settings]
         self.loaders = [  # of row numbers; shuffled as the single run shuffles its rows
@@ -139,9 +137,10 @@ class ReplicaLoop:
             part = replicas.losses(logits, labels, len(self.inputs)) * (len(labels) / rows)
             part.sum().backward()  # a sum of R losses, each of its own replica's parameters
             loss += part.detach()
-        if any(s.dem_weight for s in self.settings) and not self.schedule.pruning_ended(self.step):
+        if self.adds_dem and not self.schedule.pruning_ended(self.step):
             (self.dem_weights * self.allocator.dem()).sum().backward()
-        self.allocator.hold_c_of_lora()
+        if not all(self.prunes):
+            self.allocator.hold_c_of_lora()
         norms = clip_gradients(self.optimizer.parameters, self.shared.max_grad_norm)
         T = self.schedule.total_steps
         self.optimizer.step(rate_factor(self.step, int(self.shared.warmup * T), T))

@@ -2,17 +2,17 @@
 
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from pathlib import Path
 
 from accelerate.utils import set_seed
 
 from drlora_ref.experiments import replicas, runs, tasks
 from drlora_ref.experiments.checkpoints import Checkpoint
-from drlora_ref.experiments.replica_loop import OWN, ReplicaLoop
-from drlora_ref.experiments.settings import NOT_IN_KEY, Settings
+from drlora_ref.experiments.replica_loop import ReplicaLoop
+from drlora_ref.experiments.settings import NOT_IN_KEY, PLACES, Settings
 
 REPLICATED = ("drlora", "lora")  # methods that can be replicas
-PLACES = ("output_dir", "overwrite")  # where a run is kept
+# What runs on one encoder may differ in; all else of their settings they share.
+OWN = ("method", "seed", "init_r", "target_r", "learning_rate", "dem_weight", "score", "curve")
 
 
 def shared_settings(settings: Settings) -> dict:
@@ -91,22 +91,12 @@ def run_replicas(settings: list[Settings]) -> list[dict]:
         for job in jobs:
             claims.enter_context(runs.claim(job.folder))
         results = loop.run()
-        records = [runs.write(job, result) for job, result in zip(jobs, results, strict=True)]
-        loop.checkpoint.remove()
-    return records
+        # The first of them also removes the checkpoint, which is in its folder.
+        return [runs.write(job, result) for job, result in zip(jobs, results, strict=True)]
 
 
 def _checkpoint(jobs: list[runs.Job]) -> Checkpoint:
     """One for all replicas, in the folder of the first."""
     shared = {k: v for k, v in shared_settings(jobs[0].settings).items() if k not in NOT_IN_KEY}
-    accelerator = jobs[0].accelerator
-    return Checkpoint(
-        Path(jobs[0].folder),
-        {
-            **shared,
-            "replicas": [job.key for job in jobs],
-            "code": runs.code_hash(),
-            "device": accelerator.device.type,
-            "mixed_precision": accelerator.mixed_precision,
-        },
-    )
+    keys = {"replicas": [job.key for job in jobs]}
+    return Checkpoint(jobs[0].folder, shared | keys | runs.circumstances(jobs[0].accelerator))

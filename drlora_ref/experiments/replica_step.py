@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from drlora_ref.allocator import select_components
+from drlora_ref.allocator import select_components, zero_pruned
 from drlora_ref.experiments.replicas import ReplicatedLoRALinear
 from drlora_ref.importance import SCORES, ema_update
 from drlora_ref.layer import stack_by_shape
@@ -104,7 +104,7 @@ class ReplicaAllocator:
         """Lines 7-9 of Algorithm 1, after optimizer step number global_step, for every replica."""
         schedule = self.schedules[0]  # the steps are those of all
         if schedule.pruning_ended(global_step):
-            return self._zero_pruned()
+            return zero_pruned(self.layers)
         scores = self.score()
         self.ema = ema_update(self.ema, scores.where(scores.isfinite(), 0.0), self.beta)
         if schedule.prunes_at(global_step):
@@ -115,11 +115,7 @@ class ReplicaAllocator:
             mask = select_components(ranked, torch.tensor(keep)) | ~self.prunes[:, None]
             for layer, part in zip(self.layers.values(), mask.chunk(layers, 1), strict=True):
                 layer.component_mask.copy_(part & self.alive)
-            self._zero_pruned()
-
-    def _zero_pruned(self) -> None:
-        layers = self.layers.values()
-        torch._foreach_mul_([m.lora_c for m in layers], [m.component_mask for m in layers])
+            zero_pruned(self.layers)
 
     def ranks(self) -> Tensor:
         """Surviving components of every layer: (layers, R)."""

@@ -83,18 +83,16 @@ class ReplicatedLoRALinear(nn.Module):
         super().__init__()
         self.base_layer = base_layer.requires_grad_(False)
         self.lora_dropout = nn.Dropout(lora_dropout)
-        r = max(len(c) for _, _, c, _ in parts)
-        like = dict(device=base_layer.weight.device)
-
-        def stack(tensors, widen) -> Tensor:
-            return torch.stack([widen(t, r) for t in tensors]).to(**like)
-
+        r, device = max(len(c) for _, _, c, _ in parts), base_layer.weight.device
         As, Bs, cs, scalings = zip(*parts, strict=True)
-        self.lora_A = nn.Parameter(stack(As, lambda t, r: F.pad(t, (0, 0, 0, r - len(t)))))
-        self.lora_B = nn.Parameter(stack(Bs, lambda t, r: F.pad(t, (0, r - t.shape[1]))))
-        self.lora_c = nn.Parameter(stack(cs, lambda t, r: F.pad(t, (0, r - len(t)))))
+        wide_A = [F.pad(A, (0, 0, 0, r - len(A))) for A in As]
+        wide_B = [F.pad(B, (0, r - B.shape[1])) for B in Bs]
+        wide_c = [F.pad(c, (0, r - len(c))) for c in cs]
+        self.lora_A = nn.Parameter(torch.stack(wide_A).to(device))
+        self.lora_B = nn.Parameter(torch.stack(wide_B).to(device))
+        self.lora_c = nn.Parameter(torch.stack(wide_c).to(device))
         sizes = torch.tensor([[len(c)] for c in cs])
-        self.register_buffer("component_mask", (torch.arange(r) < sizes).to(**like))
+        self.register_buffer("component_mask", (torch.arange(r) < sizes).to(device))
         self.register_buffer("scaling", torch.tensor(scalings).to(self.lora_c))
 
     def forward(self, x: Tensor) -> Tensor:

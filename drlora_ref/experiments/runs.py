@@ -60,11 +60,6 @@ class Job:
         """`run_key` of this run."""
         return run_key(self.settings, self.data.fingerprint, self.source.sha256)
 
-    @property
-    def rows(self) -> dict:
-        """`rows_of` this run."""
-        return rows_of(self.settings)
-
 
 def rows_of(settings: Settings) -> dict:
     """All that decides which encoded rows a run reads: the seed only where it draws a part.
@@ -89,7 +84,7 @@ def set_up(settings: Settings, like: Job | None = None) -> Job:
     folder = records.check_output_dir(settings.output_dir, settings.overwrite)
     family = FAMILIES[settings.task]
     source = models.resolve_model(settings.model_name)
-    if same := like and like.rows == rows_of(settings):
+    if same := like and rows_of(like.settings) == rows_of(settings):
         data = like.data
     else:
         place = settings.task, settings.data_dir
@@ -176,12 +171,19 @@ def _checkpoint(job: Job) -> Checkpoint:
             **{k: v for k, v in asdict(job.settings).items() if k not in NOT_IN_KEY},
             "data": job.data.fingerprint,
             "model": job.source.sha256,
-            "code": code_hash(),  # or the record would claim the code of the last few steps for all
-            "device": job.accelerator.device.type,
-            "mixed_precision": job.accelerator.mixed_precision,
-            "processes": job.accelerator.num_processes,
+            **circumstances(job.accelerator),
         },
     )
+
+
+def circumstances(accelerator: Accelerator) -> dict:
+    """By what code and on what machine a run trains: a checkpoint of others is not gone on from."""
+    return {
+        "code": code_hash(),  # or the record would claim the code of the last few steps for all
+        "device": accelerator.device.type,
+        "mixed_precision": accelerator.mixed_precision,
+        "processes": accelerator.num_processes,
+    }
 
 
 @contextmanager

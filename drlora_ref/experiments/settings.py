@@ -80,7 +80,8 @@ class Settings:
 
 
 # Where a run is kept, and how often it is saved, does not change what it is.
-NOT_IN_KEY = ("data_dir", "model_name", "output_dir", "overwrite", "checkpoint_every")
+PLACES = ("output_dir", "overwrite")
+NOT_IN_KEY = ("data_dir", "model_name", *PLACES, "checkpoint_every")
 
 
 def run_key(settings: Settings, fingerprint: str, model_sha256: str) -> str:
