@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from drlora_ref import DynamicLoRALinear
-from drlora_ref.experiments.grammar import grammar_sentences
-from drlora_ref.experiments.records import UNFINISHED
+from drlora_ref.experiments.run.records import UNFINISHED
+from drlora_ref.experiments.tasks.grammar import grammar_sentences
 
 
 @pytest.fixture(autouse=True)

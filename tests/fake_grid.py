@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import nbformat
 import yaml
 
-from drlora_ref.experiments import jobs
-from drlora_ref.experiments.runs import code_hash
+from drlora_ref.experiments.grids import processes as jobs
+from drlora_ref.experiments.run.one_run import code_hash
 
 PARAMETERS = """
 task = "cola"

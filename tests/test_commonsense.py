@@ -11,10 +11,10 @@ import torch
 from datasets import Dataset, DatasetDict
 from huggingface_hub import constants
 
-from drlora_ref.experiments import commonsense
-from drlora_ref.experiments.commonsense import TASKS, encode, load_model, load_task, prepare
-from drlora_ref.experiments.generated import vocabulary
-from drlora_ref.experiments.models import resolve_model
+from drlora_ref.experiments.sources.models import resolve_model
+from drlora_ref.experiments.sources.words import vocabulary
+from drlora_ref.experiments.tasks import commonsense
+from drlora_ref.experiments.tasks.commonsense import TASKS, encode, load_model, load_task, prepare
 
 RAW = {  # a row of the authors' file for each task
     "boolq": {"question": "is it so", "title": "T", "answer": True, "passage": "It is “so”."},

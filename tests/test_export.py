@@ -26,11 +26,11 @@ from drlora_ref import (
     mark_only_adapters_trainable,
     merge_adapters,
 )
-from drlora_ref.experiments.models import resolve_model
-from drlora_ref.export import export_lora, fold
-from drlora_ref.peft_trainer import DynamicRankTrainer
-from drlora_ref.peft_tuner import DynamicRankConfig
+from drlora_ref.experiments.sources.models import resolve_model
 from drlora_ref.plotting import plot_rank_heatmap
+from drlora_ref.tuner import DynamicRankConfig
+from drlora_ref.tuner.export import export_lora, fold
+from drlora_ref.tuner.trainer import DynamicRankTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "rank_map.png"}
@@ -395,7 +395,7 @@ def test_an_export_that_fails_leaves_what_was_there(trained, tmp_path, monkeypat
     def full(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("drlora_ref.export.save_file", full)
+    monkeypatch.setattr("drlora_ref.tuner.export.save_file", full)
     with pytest.raises(OSError, match="no space left"):
         export_lora(trained, tmp_path / "out", task="second", overwrite=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before

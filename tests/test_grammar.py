@@ -10,7 +10,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import matthews_corrcoef
 
-from drlora_ref.experiments.grammar import FRAMES, WORDS, grammar_sentences
+from drlora_ref.experiments.tasks.grammar import FRAMES, WORDS, grammar_sentences
 
 TRAIN, VALIDATION = grammar_sentences("train"), grammar_sentences("validation")
 SHARED = set(
@@ -68,7 +68,9 @@ def test_counting_words_does_not_solve_it(longest):
 
 
 def test_it_is_the_same_in_every_process_and_another_for_another_seed():
-    program = "from drlora_ref.experiments.grammar import *; print(grammar_sentences('train')[:99])"
+    program = (
+        "from drlora_ref.experiments.tasks.grammar import *; print(grammar_sentences('train')[:99])"
+    )
     for hash_seed in ("1", "2"):
         told = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, env={"PYTHONHASHSEED": hash_seed}

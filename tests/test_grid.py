@@ -18,13 +18,14 @@ import pytest
 import submitit
 from fake_grid import files, pretend, write_grid, write_notebook
 
-from drlora_ref.experiments import jobs, results
 from drlora_ref.experiments.__main__ import main
-from drlora_ref.experiments.grid import run_grid
-from drlora_ref.experiments.plans import Run, pack, plan, read_grid
-from drlora_ref.experiments.records import read_record
-from drlora_ref.experiments.runs import claim, code_hash
-from drlora_ref.experiments.settings import Settings
+from drlora_ref.experiments.grids import processes as jobs
+from drlora_ref.experiments.grids.grid import run_grid
+from drlora_ref.experiments.grids.plans import Run, pack, plan, read_grid
+from drlora_ref.experiments.results import summaries as results
+from drlora_ref.experiments.run.one_run import claim, code_hash
+from drlora_ref.experiments.run.records import read_record
+from drlora_ref.experiments.run.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from drlora_ref.experiments import runs
-from drlora_ref.experiments.checkpoints import Checkpoint
-from drlora_ref.experiments.data import loss_weight, share
-from drlora_ref.experiments.loop import Loop
-from drlora_ref.experiments.records import read_record
-from drlora_ref.experiments.settings import Settings
+from drlora_ref.experiments.run import one_run as runs
+from drlora_ref.experiments.run.checkpoints import Checkpoint
+from drlora_ref.experiments.run.loop import Loop
+from drlora_ref.experiments.run.records import read_record
+from drlora_ref.experiments.run.settings import Settings
+from drlora_ref.experiments.tasks.data import loss_weight, share
 from drlora_ref.train import train
 
 # Thirty steps, an evaluation every fourth: 64 generated sentences in batches of 16.
@@ -110,10 +110,10 @@ KILLS = {
 }
 KILLED = """
 import os, signal, sys, textwrap, torch
-from drlora_ref.experiments import runs
-from drlora_ref.experiments.checkpoints import Checkpoint
-from drlora_ref.experiments.loop import Loop
-from drlora_ref.experiments.settings import Settings
+from drlora_ref.experiments.run import one_run as runs
+from drlora_ref.experiments.run.checkpoints import Checkpoint
+from drlora_ref.experiments.run.loop import Loop
+from drlora_ref.experiments.run.settings import Settings
 kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
 exec(textwrap.dedent(sys.argv[2]))
 runs.run(Settings(**eval(sys.argv[1])))
@@ -220,7 +220,7 @@ def still_model(folder: Path) -> None:
     """tiny-roberta without dropout, saved: two processes draw other random numbers than one."""
     from transformers import AutoModel, AutoTokenizer
 
-    from drlora_ref.experiments.models import resolve_model
+    from drlora_ref.experiments.sources.models import resolve_model
 
     path = resolve_model("tiny-roberta").path
     still = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)

@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from drlora_ref import BudgetSchedule, dem_loss, dynamic_layers
-from drlora_ref.experiments.adapters import BottleneckAdapter, insert_adapters
 from drlora_ref.experiments.methods import METHODS, Prepared, count_trainable, prepare, rank_pattern
-from drlora_ref.experiments.models import load_pretrained, resolve_model
+from drlora_ref.experiments.methods.bottleneck import BottleneckAdapter, insert_adapters
+from drlora_ref.experiments.sources.models import load_pretrained, resolve_model
 from drlora_ref.inject import TARGET_MODULES, in_head
 from drlora_ref.train import train
 

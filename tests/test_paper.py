@@ -13,8 +13,8 @@ from transformers import (
 )
 
 from drlora_ref import BudgetSchedule
-from drlora_ref.experiments import paper
 from drlora_ref.experiments.methods import prepare
+from drlora_ref.experiments.results import paper
 from drlora_ref.inject import count_parameters
 
 GLUE = ("rte", "mrpc", "stsb", "cola", "sst2", "qnli", "qqp", "mnli")

@@ -34,13 +34,13 @@ from transformers import (
 )
 
 from drlora_ref import BudgetSchedule
-from drlora_ref.peft_trainer import (
+from drlora_ref.tuner import DynamicRankConfig
+from drlora_ref.tuner.trainer import (
     DynamicRankCallback,
     DynamicRankMixin,
     DynamicRankTrainer,
     divides_its_loss,
 )
-from drlora_ref.peft_tuner import DynamicRankConfig
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),

@@ -31,7 +31,7 @@ from drlora_ref import (
     mark_only_adapters_trainable,
     merge_adapters,
 )
-from drlora_ref.peft_tuner import DynamicRankConfig, DynamicRankModel, find_tuner
+from drlora_ref.tuner.model import DynamicRankConfig, DynamicRankModel, find_tuner
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
@@ -461,7 +461,7 @@ def test_a_model_of_another_kind_is_refused():
 def test_an_untested_version_of_peft_is_refused(monkeypatch):
     monkeypatch.setattr(peft, "__version__", "0.22.0")
     with pytest.raises(ImportError, match=re.escape("pip install 'peft>=0.21,<0.22'")):
-        runpy.run_module("drlora_ref.peft_tuner")
+        runpy.run_module("drlora_ref.tuner.model")
 
 
 # --- what PEFT does, on which the tuner rests --------------------------------------------------

@@ -8,10 +8,11 @@ import pytest
 import yaml
 from fake_grid import files, pretend, write_grid, write_notebook
 
-from drlora_ref.experiments import paper, plans
 from drlora_ref.experiments.__main__ import main
-from drlora_ref.experiments.plans import expand, plan, read_grid
-from drlora_ref.experiments.settings import Settings, run_key
+from drlora_ref.experiments.grids import plans
+from drlora_ref.experiments.grids.plans import expand, plan, read_grid
+from drlora_ref.experiments.results import paper
+from drlora_ref.experiments.run.settings import Settings, run_key
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "notebooks" / "grids").glob("*.yaml"))

@@ -10,8 +10,8 @@ import pytest
 from papermill.exceptions import PapermillExecutionError
 
 from drlora_ref.experiments.__main__ import main
-from drlora_ref.experiments.notebooks import run_notebook
-from drlora_ref.experiments.records import read_record
+from drlora_ref.experiments.grids.notebooks import run_notebook
+from drlora_ref.experiments.run.records import read_record
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "09_a_real_run.ipynb"
 GLUE = Path(__file__).parents[2] / "shared" / "glue"

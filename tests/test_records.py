@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import drlora_ref
-from drlora_ref.experiments import records
-from drlora_ref.experiments.records import (
+from drlora_ref.experiments.run import records
+from drlora_ref.experiments.run.records import (
     check_output_dir,
     environment,
     read_record,

@@ -13,11 +13,16 @@ from torch import nn
 from trainer_script import SIZES
 
 from drlora_ref import BudgetSchedule
-from drlora_ref.experiments import methods, models, replicas, results, runs, tasks
-from drlora_ref.experiments.data import PaddedRows
-from drlora_ref.experiments.replica_runs import check_replicas, run_replicas, set_up_replicas
-from drlora_ref.experiments.replica_step import ReplicaAdamW, clip_gradients, rate_factor
-from drlora_ref.experiments.settings import Settings
+from drlora_ref.experiments import methods
+from drlora_ref.experiments.replicas import model as replicas
+from drlora_ref.experiments.replicas.many_runs import check_replicas, run_replicas, set_up_replicas
+from drlora_ref.experiments.replicas.step import ReplicaAdamW, clip_gradients, rate_factor
+from drlora_ref.experiments.results import summaries as results
+from drlora_ref.experiments.run import one_run as runs
+from drlora_ref.experiments.run.settings import Settings
+from drlora_ref.experiments.sources import models
+from drlora_ref.experiments.tasks import glue as tasks
+from drlora_ref.experiments.tasks.data import PaddedRows
 from drlora_ref.inject import in_head
 from drlora_ref.layer import dynamic_layers
 from drlora_ref.train import train
@@ -166,7 +171,7 @@ class Cut(Exception):
 
 def cut_after(monkeypatch, step: int) -> None:
     """Makes ReplicaLoop stop dead in the middle of a step."""
-    from drlora_ref.experiments.replica_loop import ReplicaLoop
+    from drlora_ref.experiments.replicas.engine import ReplicaLoop
 
     whole = ReplicaLoop._optimizer_step
 

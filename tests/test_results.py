@@ -12,9 +12,15 @@ import pytest
 from scipy import stats
 
 from drlora_ref import plotting
-from drlora_ref.experiments.paper import table
-from drlora_ref.experiments.report import beside_paper, show
-from drlora_ref.experiments.results import average, choose, load, paired_difference, summarise
+from drlora_ref.experiments.results.paper import table
+from drlora_ref.experiments.results.report import beside_paper, show
+from drlora_ref.experiments.results.summaries import (
+    average,
+    choose,
+    load,
+    paired_difference,
+    summarise,
+)
 
 matplotlib.use("Agg")
 COMMITTED = Path(__file__).parents[1] / "results"

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from drlora_ref.experiments.__main__ import main
-from drlora_ref.experiments.notebooks import run_notebook
-from drlora_ref.experiments.records import read_record
-from drlora_ref.experiments.settings import FAMILIES, Settings
+from drlora_ref.experiments.grids.notebooks import run_notebook
+from drlora_ref.experiments.run.records import read_record
+from drlora_ref.experiments.run.settings import FAMILIES, Settings
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SETTINGS = NOTEBOOKS / "settings"
@@ -69,7 +69,7 @@ REAL = {"cola_roberta": "10_roberta_glue", "squad_roberta": "11_squad", "xsum_ba
 
 @pytest.mark.parametrize("name", REAL)
 def test_the_settings_of_real_runs_are_the_papers(name):
-    from drlora_ref.experiments import paper
+    from drlora_ref.experiments.results import paper
 
     given = yaml.safe_load((SETTINGS / f"{name}.yaml").read_text())
     assert set(given) <= set(papermill.inspect_notebook(str(NOTEBOOKS / f"{REAL[name]}.ipynb")))

@@ -15,17 +15,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
-from drlora_ref.experiments import squad, squad_windows
-from drlora_ref.experiments.models import ModelSource, resolve_model
-from drlora_ref.experiments.squad import TASKS, load_model, load_task, prepare, write_squad
-from drlora_ref.experiments.squad_answers import (
+from drlora_ref.experiments.sources.models import ModelSource, resolve_model
+from drlora_ref.experiments.tasks import squad, squad_windows
+from drlora_ref.experiments.tasks.squad import TASKS, load_model, load_task, prepare, write_squad
+from drlora_ref.experiments.tasks.squad_answers import (
     LONGEST,
     Spans,
     best_spans,
     choose_answers,
     score_answers,
 )
-from drlora_ref.experiments.squad_windows import (
+from drlora_ref.experiments.tasks.squad_windows import (
     Windows,
     answer_characters,
     encode,

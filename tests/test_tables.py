@@ -7,7 +7,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from drlora_ref.experiments.notebooks import run_notebook
+from drlora_ref.experiments.grids.notebooks import run_notebook
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "14_tables_and_rank_maps.ipynb"
 MATRICES = ("query", "key", "value")

@@ -10,9 +10,9 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Value
 from huggingface_hub import constants
 
-from drlora_ref.experiments import tasks
-from drlora_ref.experiments.models import resolve_model
-from drlora_ref.experiments.tasks import (
+from drlora_ref.experiments.sources.models import resolve_model
+from drlora_ref.experiments.tasks import glue as tasks
+from drlora_ref.experiments.tasks.glue import (
     TASKS,
     encode,
     evaluate,

@@ -10,10 +10,17 @@ import torch
 from datasets import Dataset, DatasetDict
 from huggingface_hub import constants
 
-from drlora_ref.experiments import xsum
-from drlora_ref.experiments.generated import vocabulary
-from drlora_ref.experiments.models import resolve_model
-from drlora_ref.experiments.xsum import ARTICLES, SPLIT_FILE, load_model, load_task, prepare, rouge
+from drlora_ref.experiments.sources.models import resolve_model
+from drlora_ref.experiments.sources.words import vocabulary
+from drlora_ref.experiments.tasks import xsum
+from drlora_ref.experiments.tasks.xsum import (
+    ARTICLES,
+    SPLIT_FILE,
+    load_model,
+    load_task,
+    prepare,
+    rouge,
+)
 
 ARTICLE = """[SN]URL[SN]
 http://web.archive.org/web/1/http://www.example.org/news/1

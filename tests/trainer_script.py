@@ -17,8 +17,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from drlora_ref.peft_trainer import DynamicRankTrainer
-from drlora_ref.peft_tuner import DynamicRankConfig
+from drlora_ref.tuner import DynamicRankConfig
+from drlora_ref.tuner.trainer import DynamicRankTrainer
 
 SIZES = dict(TINY, vocab_size=50)
 

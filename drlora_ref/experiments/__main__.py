@@ -17,10 +17,10 @@ from dataclasses import fields
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from drlora_ref.experiments.grid import run_grid
-from drlora_ref.experiments.notebooks import check_known, literal, read_yaml, run_notebook
-from drlora_ref.experiments.runs import run
-from drlora_ref.experiments.settings import Settings
+from drlora_ref.experiments.grids.grid import run_grid
+from drlora_ref.experiments.grids.notebooks import check_known, literal, read_yaml, run_notebook
+from drlora_ref.experiments.run.one_run import run
+from drlora_ref.experiments.run.settings import Settings
 
 
 def main(arguments: list[str] | None = None) -> int:

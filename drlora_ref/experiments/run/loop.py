@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import get_linear_schedule_with_warmup
 
-from drlora_ref.experiments.checkpoints import Checkpoint, random_state, set_random_state
-from drlora_ref.experiments.data import Inputs, loss_weight, share
 from drlora_ref.experiments.methods import Prepared, count_trainable, rank_pattern
+from drlora_ref.experiments.run.checkpoints import Checkpoint, random_state, set_random_state
+from drlora_ref.experiments.tasks.data import Inputs, loss_weight, share
 from drlora_ref.schedule import BudgetSchedule
 from drlora_ref.train import CHECK_EVERY, count_steps, first_non_finite, verdict
 

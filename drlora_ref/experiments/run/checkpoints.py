@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from drlora_ref.experiments.records import UNFINISHED, whole_file
+from drlora_ref.experiments.run.records import UNFINISHED, whole_file
 
 
 class Checkpoint:

@@ -4,8 +4,8 @@ import math
 
 import pandas as pd
 
-from drlora_ref.experiments.paper import table
-from drlora_ref.experiments.results import STATISTICS
+from drlora_ref.experiments.results.paper import table
+from drlora_ref.experiments.results.summaries import STATISTICS
 
 COUNTS = ("collapsed", "diverged", "unpaired")
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from drlora_ref.inject import head_modules, in_head
 from drlora_ref.layer import RankOneComponents, dynamic_layers
-from drlora_ref.model_card import model_card
-from drlora_ref.peft_layer import check_settled
-from drlora_ref.peft_tuner import DynamicRankModel, find_tuner
 from drlora_ref.plotting import plot_rank_heatmap
+from drlora_ref.tuner.card import model_card
+from drlora_ref.tuner.layer import check_settled
+from drlora_ref.tuner.model import DynamicRankModel, find_tuner
 
 # In the order in which they are written: what PEFT reads first is last.
 FILES = ("rank_map.png", "README.md", "adapter_model.safetensors", "adapter_config.json")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from drlora_ref.allocator import RankAllocator
 from drlora_ref.layer import RankOneComponents, like_base
-from drlora_ref.peft_config import DynamicRankConfig
+from drlora_ref.tuner.config import DynamicRankConfig
 
 
 def check_settled(layers: dict[str, RankOneComponents]) -> None:

@@ -24,9 +24,9 @@ import submitit
 import torch
 from papermill.exceptions import PapermillExecutionError
 
-from drlora_ref.experiments.notebooks import run_notebook
-from drlora_ref.experiments.replica_runs import run_replicas
-from drlora_ref.experiments.settings import Settings
+from drlora_ref.experiments.grids.notebooks import run_notebook
+from drlora_ref.experiments.replicas.many_runs import run_replicas
+from drlora_ref.experiments.run.settings import Settings
 
 # What a grid file may ask of Slurm, and submitit's names for it.
 SLURM = {

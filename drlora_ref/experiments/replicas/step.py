@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from drlora_ref.allocator import select_components, zero_pruned
-from drlora_ref.experiments.replicas import ReplicatedLoRALinear
+from drlora_ref.experiments.replicas.model import ReplicatedLoRALinear
 from drlora_ref.importance import SCORES, ema_update
 from drlora_ref.layer import stack_by_shape
 from drlora_ref.regularizer import dem_penalty

@@ -13,8 +13,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from drlora_ref.allocator import RankAllocator
-from drlora_ref.experiments.adalora import AdaLoRAAllocator
-from drlora_ref.experiments.adapters import insert_adapters
+from drlora_ref.experiments.methods.adalora import AdaLoRAAllocator
+from drlora_ref.experiments.methods.bottleneck import insert_adapters
 from drlora_ref.inject import (
     count_parameters,
     default_target_modules,

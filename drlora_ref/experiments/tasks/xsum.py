@@ -11,8 +11,10 @@ from datasets import Dataset, concatenate_datasets
 from torchmetrics.functional.text.rouge import rouge_score
 from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, GenerationConfig
 
-from drlora_ref.experiments import generated
-from drlora_ref.experiments.data import (
+from drlora_ref.experiments.sources import words as generated
+from drlora_ref.experiments.sources.hub import fetch_from_hub
+from drlora_ref.experiments.sources.models import ModelSource, load_pretrained
+from drlora_ref.experiments.tasks.data import (
     Inputs,
     TaskData,
     check_name,
@@ -20,9 +22,11 @@ from drlora_ref.experiments.data import (
     find_splits,
     task_data,
 )
-from drlora_ref.experiments.evaluation import batches_by_length, check_positive, evaluation_mode
-from drlora_ref.experiments.hub import fetch_from_hub
-from drlora_ref.experiments.models import ModelSource, load_pretrained
+from drlora_ref.experiments.tasks.evaluation import (
+    batches_by_length,
+    check_positive,
+    evaluation_mode,
+)
 
 TASKS = {"xsum": "rougeL"}  # task: the metric by which epochs and methods are compared
 OPTIONS = ("max_length", "summary_length", "num_beams", "eval_batch_size")

@@ -9,7 +9,7 @@ replica can see another.
     x (R · B, length, d_in) -> W0 x, as ever                                   one large product
                              + scaling · B diag(c) A x, R small ones side by side
 
-Here is what stands in the model; replica_loop.py trains it.
+Here is what stands in the model; engine.py trains it.
 """
 
 from types import SimpleNamespace

@@ -10,7 +10,7 @@ import inspect
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from drlora_ref.peft_tuner import find_tuner
+from drlora_ref.tuner.model import find_tuner
 
 # Losses of transformers that are a sum over tokens, divided by the number they are given.
 DIVIDED = {"ForCausalLM", "ForMaskedLM", "ForConditionalGeneration"}

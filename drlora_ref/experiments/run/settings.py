@@ -4,9 +4,10 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 
-from drlora_ref.experiments import commonsense, squad, tasks, xsum
-from drlora_ref.experiments.data import check_name
 from drlora_ref.experiments.methods import check_method
+from drlora_ref.experiments.tasks import commonsense, squad, xsum
+from drlora_ref.experiments.tasks import glue as tasks
+from drlora_ref.experiments.tasks.data import check_name
 
 FAMILIES = {task: family for family in (tasks, squad, xsum, commonsense) for task in family.TASKS}
 PRECISIONS = {"fp32": "no", "bf16": "bf16"}  # our words, and accelerate's

@@ -21,8 +21,10 @@ from transformers import (
     DataCollatorWithPadding,
 )
 
-from drlora_ref.experiments import generated
-from drlora_ref.experiments.data import (
+from drlora_ref.experiments.sources import words as generated
+from drlora_ref.experiments.sources.hub import fetch_from_hub
+from drlora_ref.experiments.sources.models import ModelSource, load_pretrained
+from drlora_ref.experiments.tasks.data import (
     Inputs,
     TaskData,
     check_name,
@@ -31,9 +33,7 @@ from drlora_ref.experiments.data import (
     read_json_lines,
     task_data,
 )
-from drlora_ref.experiments.evaluation import check_positive, evaluate_labels
-from drlora_ref.experiments.hub import fetch_from_hub
-from drlora_ref.experiments.models import ModelSource, load_pretrained
+from drlora_ref.experiments.tasks.evaluation import check_positive, evaluate_labels
 
 OPTIONS = ("max_length", "eval_batch_size")
 

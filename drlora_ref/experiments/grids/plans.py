@@ -18,12 +18,14 @@ from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from drlora_ref.experiments import jobs, paper, results
-from drlora_ref.experiments.models import resolve_model
-from drlora_ref.experiments.notebooks import check_known, check_parameters, read_yaml
-from drlora_ref.experiments.replica_runs import can_be_replica, shared_settings
-from drlora_ref.experiments.runs import make_schedule
-from drlora_ref.experiments.settings import FAMILIES, PLACES, Settings, run_key
+from drlora_ref.experiments.grids import processes as jobs
+from drlora_ref.experiments.grids.notebooks import check_known, check_parameters, read_yaml
+from drlora_ref.experiments.replicas.many_runs import can_be_replica, shared_settings
+from drlora_ref.experiments.results import paper
+from drlora_ref.experiments.results import summaries as results
+from drlora_ref.experiments.run.one_run import make_schedule
+from drlora_ref.experiments.run.settings import FAMILIES, PLACES, Settings, run_key
+from drlora_ref.experiments.sources.models import resolve_model
 
 KINDS = {
     "notebook": str,

@@ -14,16 +14,9 @@ import datasets
 from datasets import Dataset, Features, List, Value
 from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding
 
-from drlora_ref.experiments.data import (
-    Inputs,
-    TaskData,
-    check_name,
-    find_files,
-    find_splits,
-    task_data,
-)
-from drlora_ref.experiments.evaluation import check_positive
-from drlora_ref.experiments.generated import (
+from drlora_ref.experiments.sources.hub import fetch_from_hub
+from drlora_ref.experiments.sources.models import ModelSource, load_pretrained
+from drlora_ref.experiments.sources.words import (
     CITIES,
     COLOURS,
     NAMES,
@@ -32,10 +25,17 @@ from drlora_ref.experiments.generated import (
     VALIDATION_ROWS,
     VERBS,
 )
-from drlora_ref.experiments.hub import fetch_from_hub
-from drlora_ref.experiments.models import ModelSource, load_pretrained
-from drlora_ref.experiments.squad_answers import evaluate
-from drlora_ref.experiments.squad_windows import NO_ANSWER, encode, encode_train
+from drlora_ref.experiments.tasks.data import (
+    Inputs,
+    TaskData,
+    check_name,
+    find_files,
+    find_splits,
+    task_data,
+)
+from drlora_ref.experiments.tasks.evaluation import check_positive
+from drlora_ref.experiments.tasks.squad_answers import evaluate
+from drlora_ref.experiments.tasks.squad_windows import NO_ANSWER, encode, encode_train
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,12 @@ from dataclasses import asdict, replace
 
 from accelerate.utils import set_seed
 
-from drlora_ref.experiments import replicas, runs, tasks
-from drlora_ref.experiments.checkpoints import Checkpoint
-from drlora_ref.experiments.replica_loop import ReplicaLoop
-from drlora_ref.experiments.settings import NOT_IN_KEY, PLACES, Settings
+from drlora_ref.experiments.replicas import model as replicas
+from drlora_ref.experiments.replicas.engine import ReplicaLoop
+from drlora_ref.experiments.run import one_run as runs
+from drlora_ref.experiments.run.checkpoints import Checkpoint
+from drlora_ref.experiments.run.settings import NOT_IN_KEY, PLACES, Settings
+from drlora_ref.experiments.tasks import glue as tasks
 
 REPLICATED = ("drlora", "lora")  # methods that can be replicas
 # What runs on one encoder may differ in; all else of their settings they share.

@@ -2,9 +2,9 @@
 
     python -m drlora_ref.experiments grid notebooks/grids/smoke_cola.yaml --workers 2
 
-What a grid file says is in plans.py; how its runs get their processes in jobs.py; here is which of
-them are still to do, and the story as it goes. A run is done when its folder holds a whole record
-with its key, so the folder is all that is remembered from one call to the next.
+What a grid file says is in plans.py, how its runs get their processes in processes.py. Here is
+which of them are still to do, and the story as it goes. A run is done when its folder holds a
+whole record with its key, so the folder is all that is remembered from one call to the next.
 """
 
 import os
@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
-from drlora_ref.experiments import jobs
-from drlora_ref.experiments.plans import Run, pack, plan, read_grid
-from drlora_ref.experiments.records import read_record
-from drlora_ref.experiments.runs import claim, code_hash
+from drlora_ref.experiments.grids import processes as jobs
+from drlora_ref.experiments.grids.plans import Run, pack, plan, read_grid
+from drlora_ref.experiments.run.one_run import claim, code_hash
+from drlora_ref.experiments.run.records import read_record
 
 TO_DO, DONE, OTHER_CODE, FAILED = "to do", "done", "from other code", "failed"
 INTERRUPTED = 130  # the exit status of what Ctrl-C ended

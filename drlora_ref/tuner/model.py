@@ -1,4 +1,4 @@
-"""Dynamic-rank DoRA as a tuner of PEFT: `import drlora_ref.peft_tuner`, then get_peft_model.
+"""Dynamic-rank DoRA as a tuner of PEFT: `import drlora_ref.tuner`, then get_peft_model.
 
 The equations are the package's own (layer, importance, schedule, regularizer, allocator); this
 file only puts them where PEFT looks for a method. It is not NVIDIA's weight-decomposed DoRA, which
@@ -28,20 +28,20 @@ from torch import Tensor, nn
 from drlora_ref.allocator import RankAllocator
 from drlora_ref.inject import TARGET_MODULES, check_target
 from drlora_ref.layer import RankOneComponents, dynamic_layers
-from drlora_ref.peft_config import DYNAMIC_RANK, DynamicRankConfig
-from drlora_ref.peft_layer import (
+from drlora_ref.regularizer import dem_loss
+from drlora_ref.schedule import BudgetSchedule
+from drlora_ref.tuner.config import DYNAMIC_RANK, DynamicRankConfig
+from drlora_ref.tuner.layer import (
     AllocatorState,
     DynamicRankLinear,
     check_settled,
     warn_unfinished,
 )
-from drlora_ref.regularizer import dem_loss
-from drlora_ref.schedule import BudgetSchedule
 
 TESTED = "0.21."
 if not peft.__version__.startswith(TESTED):
     raise ImportError(
-        f"drlora_ref.peft_tuner reaches into PEFT and is tested with {TESTED}*; this is PEFT "
+        f"drlora_ref.tuner reaches into PEFT and is tested with {TESTED}*; this is PEFT "
         f"{peft.__version__}: pip install 'peft>=0.21,<0.22'"
     )
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pandas as pd
 from scipy.stats import t as student
 
-from drlora_ref.experiments.paper import budget_name, table
-from drlora_ref.experiments.records import read_record
-from drlora_ref.experiments.settings import NOT_IN_KEY
+from drlora_ref.experiments.results.paper import budget_name, table
+from drlora_ref.experiments.run.records import read_record
+from drlora_ref.experiments.run.settings import NOT_IN_KEY
 from drlora_ref.schedule import BudgetSchedule
 
 NEEDED = ("task", "method", "status", "best", "evaluations", "steps", "total_steps")

@@ -26,8 +26,8 @@ from transformers import (
 )
 from transformers.utils import logging as progress
 
-from drlora_ref.experiments.generated import vocabulary
-from drlora_ref.experiments.hub import fetch_from_hub
+from drlora_ref.experiments.sources.hub import fetch_from_hub
+from drlora_ref.experiments.sources.words import vocabulary
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")  # any one of these will do

@@ -1,6 +1,6 @@
 """R runs in one pass: loop.py's run with a leading dimension, on one device.
 
-Read drlora_ref/train.py, then replicas.py and replica_step.py. Each replica has its own order of
+Read drlora_ref/train.py, then model.py and step.py. Each replica has its own order of
 the data, learning rate, budget, mask and verdict; one that is NaN or infinite ends, and the others
 never know. Evaluation is the task's own function, over all of them in one pass.
 """
@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from drlora_ref.experiments import replicas
-from drlora_ref.experiments.checkpoints import Checkpoint, random_state, set_random_state
-from drlora_ref.experiments.data import PaddedRows
-from drlora_ref.experiments.replica_step import (
+from drlora_ref.experiments.replicas import model as replicas
+from drlora_ref.experiments.replicas.step import (
     ReplicaAdamW,
     ReplicaAllocator,
     clip_gradients,
     rate_factor,
 )
+from drlora_ref.experiments.run.checkpoints import Checkpoint, random_state, set_random_state
+from drlora_ref.experiments.tasks.data import PaddedRows
 from drlora_ref.inject import in_head
 from drlora_ref.train import CHECK_EVERY, count_steps, verdict
 

@@ -8,8 +8,8 @@ from datasets import Dataset
 from torch import Tensor
 from torchmetrics.functional.text.squad import _normalize_text, squad
 
-from drlora_ref.experiments.evaluation import batches_by_length, evaluation_mode
-from drlora_ref.experiments.squad_windows import NO_ANSWER, Windows
+from drlora_ref.experiments.tasks.evaluation import batches_by_length, evaluation_mode
+from drlora_ref.experiments.tasks.squad_windows import NO_ANSWER, Windows
 
 N_BEST, LONGEST = 20, 30  # starts and ends that are tried in a window; tokens of an answer
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import papermill
 import yaml
 
-from drlora_ref.experiments.records import check_output_dir
+from drlora_ref.experiments.run.records import check_output_dir
 
 
 def run_notebook(notebook: str | Path, output_dir: str | Path, parameters: dict) -> Path:

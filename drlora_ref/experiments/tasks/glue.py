@@ -12,12 +12,12 @@ from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, matthews_corrcoef
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
-from drlora_ref.experiments.data import Inputs, TaskData, check_name, find_splits, task_data
-from drlora_ref.experiments.evaluation import SAME, check_positive, evaluate_labels
-from drlora_ref.experiments.generated import write_glue
-from drlora_ref.experiments.grammar import grammar_sentences
-from drlora_ref.experiments.hub import fetch_from_hub
-from drlora_ref.experiments.models import ModelSource, load_pretrained
+from drlora_ref.experiments.sources.hub import fetch_from_hub
+from drlora_ref.experiments.sources.models import ModelSource, load_pretrained
+from drlora_ref.experiments.sources.words import write_glue
+from drlora_ref.experiments.tasks.data import Inputs, TaskData, check_name, find_splits, task_data
+from drlora_ref.experiments.tasks.evaluation import SAME, check_positive, evaluate_labels
+from drlora_ref.experiments.tasks.grammar import grammar_sentences
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,19 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 from filelock import FileLock, Timeout
 
 import drlora_ref
-from drlora_ref.experiments import methods, models, records
-from drlora_ref.experiments.checkpoints import Checkpoint
-from drlora_ref.experiments.data import Inputs, TaskData
-from drlora_ref.experiments.loop import Loop
-from drlora_ref.experiments.settings import (
+from drlora_ref.experiments import methods
+from drlora_ref.experiments.run import records
+from drlora_ref.experiments.run.checkpoints import Checkpoint
+from drlora_ref.experiments.run.loop import Loop
+from drlora_ref.experiments.run.settings import (
     FAMILIES,
     NOT_IN_KEY,
     PRECISIONS,
     Settings,
     run_key,
 )
+from drlora_ref.experiments.sources import models
+from drlora_ref.experiments.tasks.data import Inputs, TaskData
 from drlora_ref.schedule import BudgetSchedule
 from drlora_ref.train import count_steps
 

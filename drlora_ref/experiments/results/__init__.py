@@ -1,0 +1,1 @@
+"""From records to tables, beside the paper's own."""

@@ -1,0 +1,1 @@
+"""What a model is trained on and how it is judged: one module for each family of tasks."""
