@@ -1,24 +1,52 @@
 """Putting the adapters into a transformer, counting them, and folding them away again."""
 
 import difflib
+from typing import NamedTuple
 
 from torch import nn
 
 from drlora_ref.layer import DynamicLoRALinear, dynamic_layers
 
-# All six matrices of a transformer layer: query, key, value, attention output, both feed-forward.
-# An entry matches a module of that name or one whose dotted name ends with it, as in PEFT.
-_BERT = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
-TARGET_MODULES = {
-    "roberta": _BERT,
-    "bert": _BERT,
-    "mpnet": ["attn.q", "attn.k", "attn.v", "attn.o", "intermediate.dense", "output.dense"],
-    "bart": [f"self_attn.{p}_proj" for p in ("q", "k", "v", "out")] + ["fc1", "fc2"],
-}
-CROSS_ATTENTION = {"bart": [f"encoder_attn.{p}_proj" for p in ("q", "k", "v", "out")]}
 
-# Modules that are trained whole and never adapted. BERT's pooler trains with its classifier.
-HEADS = {"classifier", "classification_head", "pooler", "qa_outputs", "score"}
+class BaseModel(NamedTuple):
+    """What the package knows of one kind of transformer. To add a kind, add an entry to BASE_MODELS.
+
+    matrices: what is adapted in each layer, {end of the module's dotted name: the label of the
+    paper's Figure 2}. cross_attention: the same for a decoder's, adapted only if asked for.
+    head: the modules that a new task brings. They are trained whole and never adapted.
+    """
+
+    matrices: dict[str, str]
+    cross_attention: dict[str, str] = {}  # noqa: RUF012 (never changed)
+    head: tuple[str, ...] = ("classifier", "qa_outputs")
+
+
+_BERT = {
+    "query": "Wq",
+    "key": "Wk",
+    "value": "Wv",
+    "attention.output.dense": "Wo",
+    "intermediate.dense": "Wf1",
+    "output.dense": "Wf2",
+}
+_MPNET = {f"attn.{p}": f"W{p}" for p in "qkvo"} | {
+    "intermediate.dense": "Wf1",
+    "output.dense": "Wf2",
+}
+_PROJECTIONS = {"q_proj": "Wq", "k_proj": "Wk", "v_proj": "Wv", "out_proj": "Wo"}
+BASE_MODELS = {
+    "roberta": BaseModel(_BERT),
+    "bert": BaseModel(_BERT, head=("classifier", "pooler", "qa_outputs")),  # it trains its pooler
+    "mpnet": BaseModel(_MPNET),
+    "bart": BaseModel(
+        {f"self_attn.{p}": label for p, label in _PROJECTIONS.items()} | {"fc1": "Wf1", "fc2": "Wf2"},
+        {f"encoder_attn.{p}": f"{label} cross" for p, label in _PROJECTIONS.items()},
+        head=("classification_head", "qa_outputs"),
+    ),
+}
+
+# Of any kind of model; "score" is what decoders call a classifier.
+HEADS = {"score"}.union(*(kind.head for kind in BASE_MODELS.values()))
 
 
 def in_head(name: str) -> bool:
@@ -48,13 +76,24 @@ def default_target_modules(model: nn.Module, cross_attention: bool = False) -> l
     Raises ValueError for any other kind of model: name its target_modules yourself.
     """
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if kind not in TARGET_MODULES:
+    if kind not in BASE_MODELS:
         raise ValueError(
             f"no default target_modules for {kind!r} (there are some for "
-            f"{', '.join(TARGET_MODULES)}): pass the names of its linear layers"
+            f"{', '.join(BASE_MODELS)}): pass the names of its linear layers"
         )
-    extra = CROSS_ATTENTION.get(kind, []) if cross_attention else []
-    return TARGET_MODULES[kind] + extra
+    known = BASE_MODELS[kind]
+    return [*known.matrices, *(known.cross_attention if cross_attention else [])]
+
+
+def matrix_label(module: str) -> str:
+    """The paper's label of an adapted matrix, by the longest end of its name that is known; or "".
+
+    >>> matrix_label("encoder.layer.3.attention.output.dense"), matrix_label("layer.3.output.dense")
+    ('Wo', 'Wf2')
+    """
+    ends = [kind.matrices | kind.cross_attention for kind in BASE_MODELS.values()]
+    found = {end: label for one in ends for end, label in one.items() if _matches(module, end)}
+    return found[max(found, key=len)] if found else ""
 
 
 def check_target(name: str, module: nn.Module) -> None:

@@ -7,17 +7,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from drlora_ref.inject import matrix_label
 from drlora_ref.schedule import BudgetSchedule
 
-# The paper's Figure 2 labels the six matrices of a layer like this.
-MATRICES = {
-    r"(query|\bq|q_proj)$": "Wq",
-    r"(key|\bk|k_proj)$": "Wk",
-    r"(value|\bv|v_proj)$": "Wv",
-    r"(attention\.output\.dense|attn\.o|out_proj)$": "Wo",
-    r"(intermediate\.dense|fc1)$": "Wf1",
-    r"(output\.dense|fc2)$": "Wf2",
-}
+# The rows of the paper's Figure 2, and a decoder's cross-attention below them.
+LABELS = ["Wq", "Wk", "Wv", "Wo", "Wf1", "Wf2"]
 
 
 def use_style() -> None:
@@ -39,9 +33,10 @@ def matrix_name(module: str) -> str:
     >>> matrix_name("decoder.layers.0.encoder_attn.q_proj")
     'Wq cross'
     """
-    labels = [label for pattern, label in MATRICES.items() if re.search(pattern, module)]
+    if label := matrix_label(module):
+        return label
     cross = " cross" if re.search(r"(?i)encoder_attn|encdecattention|crossatt", module) else ""
-    return (labels[0] if labels else module.split(".")[-1]) + cross
+    return module.split(".")[-1] + cross
 
 
 def plot_outer_products(lora_A: Tensor, lora_B: Tensor, lora_c: Tensor) -> plt.Figure:
@@ -106,8 +101,8 @@ def plot_rank_heatmap(
         row = matrix_name(module)
         cells[module if (row, column) in cells else row, column] = rank
     # In the paper's order, whatever order the pattern is in: a record sorts its names.
-    cross = [f"{label} cross" for label in MATRICES.values()]
-    order = [*MATRICES.values(), *cross, *dict.fromkeys(matrix for matrix, _ in cells)]
+    cross = [f"{label} cross" for label in LABELS]
+    order = [*LABELS, *cross, *dict.fromkeys(matrix for matrix, _ in cells)]
     rows = sorted({matrix for matrix, _ in cells}, key=order.index)
     columns = sorted({layer for _, layer in cells})
     table = [[cells.get((row, column), float("nan")) for column in columns] for row in rows]

@@ -142,6 +142,7 @@ def train(
                 evaluations.append({"step": step, "epoch": epoch, **evaluate(model)})
             evaluation_seconds += time.perf_counter() - before
             print("step {step} of {T}, epoch {epoch}: {metric:.4f}".format(T=T, **evaluations[-1]))
+    ranks = allocator.rank_pattern() if allocator else {}
     return {
         "steps": step,
         "seconds": round(time.perf_counter() - started, 2),
@@ -152,7 +153,8 @@ def train(
         ],
         "budget_curve": kept,
         "trainable_parameters": count_parameters(model),
-        "rank_pattern": allocator.rank_pattern() if allocator else {},
+        "rank_pattern": ranks,
+        "surviving_components": sum(ranks.values()),
         **verdict(evaluations, schedule, flagged_at),
     }
 

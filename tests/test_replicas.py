@@ -2,27 +2,27 @@
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from conftest import TINY_BART
 from datasets import Dataset
-from test_loop import TIMES, still_model, without_times
+from tiny_runs import still_model, without_costs
 from torch import nn
 from trainer_script import SIZES
 
 from drlora_ref import BudgetSchedule
 from drlora_ref.experiments import methods
 from drlora_ref.experiments.replicas import model as replicas
+from drlora_ref.experiments.replicas.rows import PaddedRows
 from drlora_ref.experiments.replicas.many_runs import check_replicas, run_replicas, set_up_replicas
-from drlora_ref.experiments.replicas.step import ReplicaAdamW, clip_gradients, rate_factor
 from drlora_ref.experiments.results import summaries as results
-from drlora_ref.experiments.run import one_run as runs
+from drlora_ref.experiments.run import one_run
 from drlora_ref.experiments.run.settings import Settings
 from drlora_ref.experiments.sources import models
 from drlora_ref.experiments.tasks import glue as tasks
-from drlora_ref.experiments.tasks.data import PaddedRows
 from drlora_ref.inject import in_head
 from drlora_ref.layer import dynamic_layers
 from drlora_ref.train import train
@@ -61,20 +61,21 @@ def still(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory, still):
-    """Six different replicas trained in one pass: (loop, what it gave)."""
-    _, loop = set_up_replicas(settings(tmp_path_factory.mktemp("six"), *DIFFERENT, **still))
-    return loop, loop.run()
+    """Six different replicas trained in one pass: (engine, their records)."""
+    runs, loop = set_up_replicas(settings(tmp_path_factory.mktemp("six"), *DIFFERENT, **still))
+    trained = zip(runs, loop.run(), strict=True)
+    return loop.engine, [one_run.make_record(ready, own) for ready, own in trained]
 
 
 @pytest.mark.parametrize("i", range(len(DIFFERENT)))
 def test_each_replica_follows_the_page_long_loop(i, together, still, tmp_path):
     (alone,) = settings(tmp_path, DIFFERENT[i], **still)
-    job, (loop, found) = runs.set_up(alone), together
-    model, allocator = job.prepared.model, job.prepared.allocator
+    ready, (engine, found) = one_run.set_up(alone), together
+    model, allocator = ready.prepared.model, ready.prepared.allocator
     record = train(
         model,
-        *job.inputs,
-        job.schedule,
+        *ready.inputs,
+        ready.schedule,
         allocator,
         dem_weight=alone.dem_weight if allocator else 0.0,
         learning_rate=alone.learning_rate,
@@ -91,16 +92,16 @@ def test_each_replica_follows_the_page_long_loop(i, together, still, tmp_path):
         for name, layer in dynamic_layers(model).items():
             r = len(layer.lora_c)
             for here, there in (
-                (loop.layers[name].lora_A[i, :r], layer.lora_A),
-                (loop.layers[name].lora_B[i, :, :r], layer.lora_B),
-                (loop.layers[name].lora_c[i, :r], layer.lora_c),
+                (engine.layers[name].lora_A[i, :r], layer.lora_A),
+                (engine.layers[name].lora_B[i, :, :r], layer.lora_B),
+                (engine.layers[name].lora_c[i, :r], layer.lora_c),
             ):
                 torch.testing.assert_close(here, there, atol=1e-5, rtol=0)
 
 
 def test_padding_stays_zero_and_loras_c_stays_one(together):
-    loop, _ = together
-    for layer in loop.layers.values():
+    engine, _ = together
+    for layer in engine.layers.values():
         for i, change in enumerate(DIFFERENT):
             r = 2 if change.get("method") == "lora" else change.get("init_r", 3)
             assert not layer.lora_A[i, r:].any() and not layer.lora_B[i, :, r:].any()
@@ -108,8 +109,8 @@ def test_padding_stays_zero_and_loras_c_stays_one(together):
         assert torch.equal(layer.lora_c[2], torch.tensor([1.0, 1, 0, 0, 0]))
 
 
-def bits(loop, i: int) -> list[torch.Tensor]:
-    tensors = [*loop.trainable.values(), *(m.component_mask for m in loop.layers.values())]
+def bits(engine, i: int) -> list[torch.Tensor]:
+    tensors = [*engine.trainable.values(), *(m.component_mask for m in engine.layers.values())]
     return [t[i].detach().clone() for t in tensors]
 
 
@@ -127,14 +128,13 @@ def test_what_one_replica_does_changes_no_bit_of_the_others(change, tmp_path):
     def run(folder, second):
         changes = dict(seed=0), second, dict(seed=2)
         _, loop = set_up_replicas(settings(tmp_path / folder, *changes, max_steps=40))
-        return loop, loop.run()
+        return loop.engine, [trained.history for trained in loop.run()]
 
     before, found_before = run("before", dict(seed=1))
     after, found_after = run("after", dict(seed=1) | change)
     for i in (0, 2):
         assert all(map(torch.equal, bits(before, i), bits(after, i)))
-        assert found_before[i]["loss_curve"] == found_after[i]["loss_curve"]
-        assert found_before[i]["evaluations"] == found_after[i]["evaluations"]
+        assert found_before[i] == found_after[i]
     assert not all(map(torch.equal, bits(before, 1), bits(after, 1)))
 
 
@@ -142,7 +142,7 @@ def test_a_replica_that_diverges_is_flagged_and_the_others_finish(tmp_path, caps
     records = run_replicas(
         settings(tmp_path, dict(seed=0), dict(seed=1, learning_rate=1e30), max_steps=40)
     )
-    assert [r["status"] for r in records] != ["diverged", "diverged"]
+    assert records[0]["status"] == "completed"
     assert records[1]["status"] == "diverged" and records[1]["best"] is None
     assert records[1]["flagged_at"] < 10 and None in records[1]["loss_curve"]
     assert records[0]["steps"] == 40 and records[0]["best"] is not None
@@ -154,52 +154,63 @@ def test_records_are_those_of_single_runs_and_say_how_many_shared(tmp_path, stil
     given = settings(tmp_path, *DIFFERENT[:2], **still, max_steps=8)
     records = run_replicas(given)
     for one, record in zip(given, records, strict=True):
-        alone = runs.run(dataclasses.replace(one, output_dir=one.output_dir + "-alone"))
+        alone = one_run.run(dataclasses.replace(one, output_dir=one.output_dir + "-alone"))
         assert record["key"] == alone["key"] and record.keys() - alone.keys() == {"replicas"}
         assert record["replicas"] == 2
-        assert record["trainable_parameters"] == alone["trainable_parameters"]
-        assert record["parameters"]["seed"] == one.seed
+        for counted in ("trainable_parameters", "trained_bytes", "total_steps", "parameters"):
+            here, there = record[counted], alone[counted]
+            assert here == there | ({"output_dir": one.output_dir} if here != there else {})
+        norms = [torch.tensor(r["gradient_norm_curve"]) for r in (record, alone)]
+        torch.testing.assert_close(*norms, atol=3e-5, rtol=1e-4)
     table = results.load(tmp_path)
     for cost in ("steps_per_second", "seconds"):  # of the pass, not of a run: not counted
         assert len(table) == 4 and table[cost].isna().sum() == 2
     assert not list(tmp_path.rglob("checkpoint.pt"))
 
 
+def test_the_record_of_a_replica_that_diverges_is_the_lone_runs(still, tmp_path):
+    """Flagged in the same step, ended at the same look, with the same mask."""
+    changes = dict(learning_rate=1e30), dict(seed=1)
+    given = settings(tmp_path, *changes, **still, max_steps=40)
+    ready, loop = set_up_replicas(given)
+    lone = one_run.set_up(dataclasses.replace(given[0], output_dir=str(tmp_path / "lone")))
+    alone = one_run.make_record(lone, one_run.train(lone))
+    together = one_run.make_record(ready[0], loop.run()[0])
+    for name in ("status", "flagged_at", "steps", "rank_pattern", "budget_curve", "evaluations"):
+        assert together[name] == alone[name], name
+
+
 class Cut(Exception):
     pass
 
 
-def cut_after(monkeypatch, step: int) -> None:
-    """Makes ReplicaLoop stop dead in the middle of a step."""
-    from drlora_ref.experiments.replicas.engine import ReplicaLoop
+def run_until(step: int, given: list[Settings]) -> None:
+    """Train these replicas and stop dead in the middle of a step, as a process that is killed."""
+    _, loop = set_up_replicas(given)
+    whole = loop.engine.optimizer_step
 
-    whole = ReplicaLoop._optimizer_step
-
-    def cut(self, group):
-        if self.step == step:
+    def cut(at, group):
+        if at == step:
             raise Cut
-        return whole(self, group)
+        return whole(at, group)
 
-    monkeypatch.setattr(ReplicaLoop, "_optimizer_step", cut)
+    loop.engine.optimizer_step = cut
+    with pytest.raises(Cut):
+        loop.run()
 
 
 @pytest.mark.parametrize("step", [9, 26])
-def test_a_pass_that_was_cut_goes_on_to_the_same_records(step, tmp_path, monkeypatch):
+def test_a_pass_that_was_cut_goes_on_to_the_same_records(step, tmp_path):
     changes = [DIFFERENT[0], DIFFERENT[4], dict(seed=7, learning_rate=1e30)]
     whole = run_replicas(settings(tmp_path / "whole", *changes, max_steps=40))
-    with monkeypatch.context() as patch, pytest.raises(Cut):
-        cut_after(patch, step)
-        run_replicas(settings(tmp_path / "cut", *changes, max_steps=40))
+    run_until(step, settings(tmp_path / "cut", *changes, max_steps=40))
     resumed = run_replicas(settings(tmp_path / "cut", *changes, max_steps=40))
     for one, other in zip(whole, resumed, strict=True):
-        assert without_times(one) == without_times(other)
-    assert "seconds" in TIMES
+        assert without_costs(one) == without_costs(other)
 
 
-def test_a_checkpoint_of_other_replicas_is_refused(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(Cut):
-        cut_after(patch, 9)
-        run_replicas(settings(tmp_path, dict(seed=0), dict(seed=1), max_steps=40))
+def test_a_checkpoint_of_other_replicas_is_refused(tmp_path):
+    run_until(9, settings(tmp_path, dict(seed=0), dict(seed=1), max_steps=40))
     with pytest.raises(ValueError, match=r"is of another run .*replicas"):
         run_replicas(settings(tmp_path, dict(seed=0), dict(seed=2), max_steps=40))
 
@@ -209,45 +220,8 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(tmp_path, still):
     for k in (1, 4):
         given = dict(still, max_steps=12, batch_size=16 // k, grad_accumulation=k)
         _, loop = set_up_replicas(settings(tmp_path / str(k), *DIFFERENT[:3], **given))
-        losses.append(torch.tensor([found["loss_curve"] for found in loop.run()]))
+        losses.append(torch.tensor([trained.history.losses for trained in loop.run()]))
     torch.testing.assert_close(*losses, atol=3e-5, rtol=0)
-
-
-def test_clipping_and_adamw_are_torchs_for_each_replica():
-    torch.manual_seed(0)
-    stacked = [nn.Parameter(torch.randn(3, 4, 5)), nn.Parameter(torch.randn(3, 2))]
-    singles = [[nn.Parameter(p[i].detach().clone()) for p in stacked] for i in range(3)]
-    rates = torch.tensor([1e-1, 1e-2, 0.0])
-    ours = ReplicaAdamW(stacked, rates, weight_decay=0.1)
-    theirs = [
-        torch.optim.AdamW(single, lr=float(rate), weight_decay=0.1)
-        for single, rate in zip(singles, rates, strict=True)
-    ]
-    for step in range(20):
-        gradients = [torch.randn_like(p) * 10 ** (step % 3 - 1) for p in stacked]
-        for p, gradient in zip(stacked, gradients, strict=True):
-            p.grad = gradient.clone()
-        norms = clip_gradients(stacked, max_norm=1.0)
-        ours.step(1.0)
-        for i, (single, optimizer) in enumerate(zip(singles, theirs, strict=True)):
-            for p, gradient in zip(single, gradients, strict=True):
-                p.grad = gradient[i].clone()
-            torch.testing.assert_close(nn.utils.clip_grad_norm_(single, 1.0), norms[i])
-            optimizer.step()
-    for i, single in enumerate(singles):
-        for p, q in zip(stacked, single, strict=True):
-            torch.testing.assert_close(p[i], q, atol=1e-6, rtol=1e-5)
-
-
-def test_the_learning_rate_rises_and_falls_as_transformers_has_it():
-    from transformers import get_linear_schedule_with_warmup
-
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    schedule = get_linear_schedule_with_warmup(optimizer, 3, 20)
-    for step in range(1, 21):
-        assert rate_factor(step, 3, 20) == pytest.approx(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
 
 
 @pytest.mark.parametrize("labels", [2, 1])
@@ -279,6 +253,22 @@ def test_replicas_compute_what_each_single_model_computes(kind, sizes, labels):
             expected = single.model.eval()(input_ids=ids).logits
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
             assert len(together.kept) == 1  # computed once, for all three
+
+
+@pytest.mark.parametrize("given", [torch.tensor([[5, 7]]), torch.tensor([[3, 4], [5, 6]])])
+def test_a_replica_that_is_evaluated_on_another_batch_is_refused(given):
+    """Not silently given the logits of the batch that the first replica had."""
+    model = nn.Linear(2, 3)
+    model.forward = lambda x: SimpleNamespace(logits=x.float() @ torch.ones(2, 3))
+    together = replicas.Together(model, 2)
+    first = torch.tensor([[3, 4]])
+    together.of(0)(x=first)
+    assert torch.equal(together.of(1)(x=first.clone()).logits, torch.full((1, 3), 7.0))
+    with pytest.raises(ValueError, match="gave replica 1 another batch 0 than replica 0"):
+        together.of(1)(x=given)
+    together.of(1)(x=first)
+    with pytest.raises(ValueError, match="another batch 1"):  # one more than replica 0 had
+        together(x=first)
 
 
 # --- what is refused ---------------------------------------------------------------------------

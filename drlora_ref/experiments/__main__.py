@@ -20,7 +20,7 @@ from papermill.exceptions import PapermillExecutionError
 from drlora_ref.experiments.grids.grid import run_grid
 from drlora_ref.experiments.grids.notebooks import check_known, literal, read_yaml, run_notebook
 from drlora_ref.experiments.run.one_run import run
-from drlora_ref.experiments.run.settings import Settings
+from drlora_ref.experiments.run.settings import Settings, describe
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,7 +37,12 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m drlora_ref.experiments")
     commands = parser.add_subparsers(required=True)
-    one = commands.add_parser("run", help="one run, and its record")
+    one = commands.add_parser(
+        "run",
+        help="one run, and its record",
+        epilog=f"parameters, with their defaults:\n{describe()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     one.set_defaults(do=_run)
     notebook = commands.add_parser("notebook", help="run a notebook with other parameters")
     notebook.add_argument("notebook")

@@ -26,7 +26,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from drlora_ref.allocator import RankAllocator
-from drlora_ref.inject import TARGET_MODULES, check_target
+from drlora_ref.inject import BASE_MODELS, check_target
 from drlora_ref.layer import RankOneComponents, dynamic_layers
 from drlora_ref.regularizer import dem_loss
 from drlora_ref.schedule import BudgetSchedule
@@ -62,7 +62,9 @@ class DynamicRankModel(BaseTuner):
 
     prefix = "dynamic_rank_"
     tuner_layer_cls = DynamicRankLinear
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | TARGET_MODULES
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | {
+        kind: list(known.matrices) for kind, known in BASE_MODELS.items()
+    }
     uses_shared_state = True  # AllocatorState is here: a model without this wrapper cannot train
 
     def __init__(self, model: nn.Module, peft_config, adapter_name: str, *args, **kwargs):

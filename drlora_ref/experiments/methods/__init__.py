@@ -1,19 +1,22 @@
 """What each method of the paper's tables does to a model before training, one short function each.
 
-Every method trains the head (inject.HEADS), since it is new. BudgetSchedule goes to all of them:
-those that prune nothing take its target_r, or nothing at all.
+Every method trains the head, since it is new. To add a method, write its function and its entry in
+METHODS; a parameter of its own is a keyword argument here and a field of run/settings.py.
 """
 
+import inspect
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from drlora_ref.allocator import RankAllocator
-from drlora_ref.experiments.methods.adalora import AdaLoRAAllocator
+from drlora_ref.experiments.given import check_name
+from drlora_ref.experiments.methods.adalora import AdaLoRAAllocator, check_prunes
 from drlora_ref.experiments.methods.bottleneck import insert_adapters
 from drlora_ref.inject import (
     count_parameters,
@@ -40,10 +43,59 @@ class Prepared(NamedTuple):
     loss_term: Callable[[int], Tensor | None] | None = None
 
 
+@dataclass(frozen=True)
+class Method:
+    """One method: how it prepares a model, and what the other rooms need to know of it.
+
+    prepare(model, schedule, *, ...): makes the model ready, in place. Its keyword arguments are
+    parameters of a run (run/settings.py), by their names there; it is given these and no others.
+    budget: the parameters that its schedule is made of. A method that has init_r among them prunes.
+    replicable: all that it trains is rank-1 components and the head, so that many runs can share
+    one encoder; and the loop of train.py is enough for it.
+    check(schedule): raises ValueError for a budget that the method cannot have.
+    """
+
+    prepare: Callable[..., Prepared]
+    budget: tuple[str, ...] = ()
+    replicable: bool = False
+    check: Callable[[BudgetSchedule], None] = lambda schedule: None
+
+    @property
+    def prunes(self) -> bool:
+        """Whether it starts from init_r and ends at target_r."""
+        return "init_r" in self.budget
+
+    @property
+    def parameters(self) -> set[str]:
+        """The parameters of a run that concern this method and not every other one.
+
+        >>> sorted(METHODS["lora"].parameters)
+        ['lora_alpha', 'lora_dropout', 'target_r']
+        """
+        return {*self.budget, *self.own}
+
+    @property
+    def own(self) -> list[str]:
+        """The names that `prepare` takes."""
+        arguments = inspect.signature(self.prepare).parameters.values()
+        return [a.name for a in arguments if a.kind is inspect.Parameter.KEYWORD_ONLY]
+
+
 def drlora(
-    model, schedule, *, lora_alpha, lora_dropout, dem_weight, beta, score, seed, **_
+    model: nn.Module,
+    schedule: BudgetSchedule,
+    *,
+    lora_alpha: float = 8,
+    lora_dropout: float = 0.1,
+    dem_weight: float = 0.0,
+    beta: float = 0.9,
+    score: str = "frobenius_share",
+    seed: int = 0,
 ) -> Prepared:
-    """Dynamic-rank DoRA: init_r components in every matrix, an allocator that prunes, and DEM."""
+    """Dynamic-rank DoRA: init_r components in every matrix, an allocator that prunes, and DEM.
+
+    Raises ValueError for a negative dem_weight, and as inject_adapters and RankAllocator do.
+    """
     if dem_weight < 0:
         raise ValueError(f"dem_weight = {dem_weight}: must be 0 (no DEM) or more")
     inject_adapters(model, r=schedule.init_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout)
@@ -56,13 +108,17 @@ def drlora(
     return Prepared(model, allocator, dem if dem_weight else None)
 
 
-def lora(model, schedule, *, lora_alpha, lora_dropout, **_) -> Prepared:
+def lora(
+    model: nn.Module, schedule: BudgetSchedule, *, lora_alpha: float = 8, lora_dropout: float = 0.1
+) -> Prepared:
     """LoRA (2106.09685) by PEFT: target_r in every matrix, the same matrices, head and dropout."""
     ranks = dict(r=schedule.target_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout)
     return Prepared(_with_peft(model, LoraConfig, **ranks))
 
 
-def dora_wd(model, schedule, *, lora_alpha, lora_dropout, **_) -> Prepared:
+def dora_wd(
+    model: nn.Module, schedule: BudgetSchedule, *, lora_alpha: float = 8, lora_dropout: float = 0.1
+) -> Prepared:
     """NVIDIA's *weight-decomposed* DoRA (2402.09353) by PEFT: LoRA and a magnitude per output.
 
     Not the method of this package, which only shares the name (notebook 13).
@@ -71,17 +127,18 @@ def dora_wd(model, schedule, *, lora_alpha, lora_dropout, **_) -> Prepared:
     return Prepared(_with_peft(model, LoraConfig, use_dora=True, **ranks))
 
 
-def adalora(model, schedule, *, lora_alpha, lora_dropout, **_) -> Prepared:
+def adalora(
+    model: nn.Module, schedule: BudgetSchedule, *, lora_alpha: float = 8, lora_dropout: float = 0.1
+) -> Prepared:
     """AdaLoRA (2303.10512) by PEFT: init_r components in every matrix, pruned by sensitivity.
 
     Choice: β₁ = β₂ = 0.85 and weight 0.5 of the orthogonality term, as PEFT sets them; the paper
     does not say. The term is a loss term of its own here: the model's loss is the task's alone.
-    Raises ValueError where target_r is init_r: PEFT fails if nothing is to be pruned.
+    Raises ValueError where target_r is init_r.
     """
-    if schedule.target_r == schedule.init_r:
-        raise ValueError(f"adalora: init_r must be above target_r = {schedule.target_r}")
+    check_prunes(schedule)
     names = ("init_r", "target_r", "tinit", "tfinal", "deltaT")
-    model = _with_peft(
+    peft_model = _with_peft(
         model,
         AdaLoraConfig,
         total_step=schedule.total_steps,
@@ -89,25 +146,25 @@ def adalora(model, schedule, *, lora_alpha, lora_dropout, **_) -> Prepared:
         lora_dropout=lora_dropout,
         **{name: getattr(schedule, name) for name in names},
     )
-    allocator = AdaLoRAAllocator(model, schedule)
-    return Prepared(model, allocator, lambda step: allocator.penalty())
+    allocator = AdaLoRAAllocator(peft_model, schedule)
+    return Prepared(peft_model, allocator, lambda step: allocator.penalty())
 
 
-def h_adapter(model, schedule, *, bottleneck, **_) -> Prepared:
+def h_adapter(model: nn.Module, schedule: BudgetSchedule, *, bottleneck: int = 8) -> Prepared:
     """Houlsby's adapters (1902.00751): after self-attention and after feed-forward."""
     return Prepared(
         insert_adapters(mark_only_adapters_trainable(model), bottleneck, after_attention=True)
     )
 
 
-def p_adapter(model, schedule, *, bottleneck, **_) -> Prepared:
+def p_adapter(model: nn.Module, schedule: BudgetSchedule, *, bottleneck: int = 8) -> Prepared:
     """Pfeiffer's adapters (2005.00247): after feed-forward only."""
     return Prepared(
         insert_adapters(mark_only_adapters_trainable(model), bottleneck, after_attention=False)
     )
 
 
-def bitfit(model, schedule, **_) -> Prepared:
+def bitfit(model: nn.Module, schedule: BudgetSchedule) -> Prepared:
     """BitFit (2106.10199): every bias of the encoder, layer norms included."""
     for name, parameter in mark_only_adapters_trainable(model).named_parameters():
         if name.endswith("bias"):
@@ -115,54 +172,36 @@ def bitfit(model, schedule, **_) -> Prepared:
     return Prepared(model)
 
 
-def full(model, schedule, **_) -> Prepared:
+def full(model: nn.Module, schedule: BudgetSchedule) -> Prepared:
     """Full fine-tuning: everything trains."""
     return Prepared(model.requires_grad_(True))
 
 
 METHODS = {
-    "drlora": drlora,
-    "lora": lora,
-    "adalora": adalora,
-    "h-adapter": h_adapter,
-    "p-adapter": p_adapter,
-    "bitfit": bitfit,
-    "full": full,
-    "dora-wd": dora_wd,
+    "drlora": Method(drlora, ("init_r", "target_r", "deltaT", "curve"), replicable=True),
+    "lora": Method(lora, ("target_r",), replicable=True),
+    "adalora": Method(adalora, ("init_r", "target_r", "deltaT"), check=check_prunes),
+    "h-adapter": Method(h_adapter),
+    "p-adapter": Method(p_adapter),
+    "bitfit": Method(bitfit),
+    "full": Method(full),
+    "dora-wd": Method(dora_wd, ("target_r",)),
 }
 
 
-def prepare(
-    method: str,
-    model: nn.Module,
-    schedule: BudgetSchedule,
-    *,
-    lora_alpha: float = 8,
-    lora_dropout: float = 0.1,
-    bottleneck: int = 8,
-    dem_weight: float = 0.0,
-    beta: float = 0.9,
-    score: str = "frobenius_share",
-    seed: int = 0,
-) -> Prepared:
-    """Make `model` ready for one of METHODS, in place; each takes the settings that concern it.
+def prepare(method: str, model: nn.Module, schedule: BudgetSchedule, **given: Any) -> Prepared:
+    """Make `model` ready for one of METHODS, in place; it takes those of `given` that concern it.
 
-    `bottleneck` is the width of the adapters; dem_weight, beta, score and seed are drlora's alone.
     New weights come from torch's generator: call torch.manual_seed first. Raises ValueError for an
-    unknown method, a kind of model without target modules, or a setting out of range.
+    unknown method, a parameter that no method has or that is out of range, and a kind of model
+    without target modules.
     """
     check_method(method)
-    return METHODS[method](
-        model,
-        schedule,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
-        bottleneck=bottleneck,
-        dem_weight=dem_weight,
-        beta=beta,
-        score=score,
-        seed=seed,
-    )
+    known = {name for one in METHODS.values() for name in one.own}
+    for name in given:
+        check_name("parameter of a method", name, sorted(known))
+    chosen = METHODS[method]
+    return chosen.prepare(model, schedule, **{k: given[k] for k in chosen.own if k in given})
 
 
 def check_method(method: str) -> None:
@@ -170,8 +209,7 @@ def check_method(method: str) -> None:
 
     >>> check_method("lora")
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}: must be one of {', '.join(METHODS)}")
+    check_name("method", method, METHODS)
 
 
 def rank_pattern(prepared: Prepared) -> dict[str, int]:
@@ -196,7 +234,7 @@ def count_trainable(prepared: Prepared) -> dict[str, int]:
     return counts
 
 
-def _with_peft(model: nn.Module, config_class: type[LoraConfig], **given) -> PeftModel:
+def _with_peft(model: nn.Module, config_class: type[LoraConfig], **given: Any) -> PeftModel:
     config = config_class(
         target_modules=default_target_modules(model), modules_to_save=head_modules(model), **given
     )

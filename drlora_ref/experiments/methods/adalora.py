@@ -12,6 +12,12 @@ from drlora_ref.schedule import BudgetSchedule
 SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # PEFT's: sensitivity, its average, its uncertainty
 
 
+def check_prunes(schedule: BudgetSchedule) -> None:
+    """Raise ValueError for a schedule that prunes nothing: PEFT's AdaLoRA fails on it."""
+    if schedule.target_r == schedule.init_r:
+        raise ValueError(f"adalora: init_r must be above target_r = {schedule.target_r}")
+
+
 class AdaLoRAAllocator:
     """Makes PEFT's AdaLoRA prune, and tells what is left.
 

@@ -5,7 +5,7 @@ the sub-layers of a frozen transformer.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from drlora_ref.inject import default_target_modules
+from drlora_ref.inject import default_target_modules, in_head, matrix_label
 
 
 class BottleneckAdapter(nn.Module):
@@ -57,9 +57,9 @@ def insert_adapters(model: nn.Module, bottleneck: int, after_attention: bool) ->
     Choice: Pfeiffer's adapter, too, comes before the residual connection; in their paper it comes
     behind the layer norm after it. The number of parameters is the same.
     """
-    *_, attention, _, feed_forward = default_target_modules(model)  # the ends of both sub-layers
+    ends = ("Wo", "Wf2") if after_attention else ("Wf2",)  # the last matrices of the sub-layers
+    default_target_modules(model)  # raises for a kind of model that is not known
     for name, module in list(model.named_modules()):
-        in_attention = name.endswith("." + attention)  # BERT's names for the two overlap
-        if after_attention if in_attention else name.endswith("." + feed_forward):
+        if not in_head(name) and matrix_label(name) in ends:
             model.set_submodule(name, BottleneckAdapter(module, bottleneck))
     return model

@@ -5,14 +5,17 @@ from dataclasses import asdict, replace
 
 from accelerate.utils import set_seed
 
-from drlora_ref.experiments.replicas import model as replicas
-from drlora_ref.experiments.replicas.engine import ReplicaLoop
-from drlora_ref.experiments.run import one_run as runs
+from drlora_ref.experiments.methods import METHODS
+from drlora_ref.experiments.replicas.engine import Replicas
+from drlora_ref.experiments.replicas.model import replicate, take_apart
+from drlora_ref.experiments.run import one_run
 from drlora_ref.experiments.run.checkpoints import Checkpoint
+from drlora_ref.experiments.run.loop import Loop
+from drlora_ref.experiments.run.order import Order
+from drlora_ref.experiments.run.records import Record
 from drlora_ref.experiments.run.settings import NOT_IN_KEY, PLACES, Settings
-from drlora_ref.experiments.tasks import glue as tasks
+from drlora_ref.experiments.tasks import glue
 
-REPLICATED = ("drlora", "lora")  # methods that can be replicas
 # What runs on one encoder may differ in; all else of their settings they share.
 OWN = ("method", "seed", "init_r", "target_r", "learning_rate", "dem_weight", "score", "curve")
 
@@ -32,7 +35,7 @@ def can_be_replica(settings: Settings) -> bool:
     >>> can_be_replica(Settings(method="lora")), can_be_replica(Settings(method="full"))
     (True, False)
     """
-    return settings.method in REPLICATED and settings.task in tasks.TASKS
+    return METHODS[settings.method].replicable and settings.task in glue.TASKS
 
 
 def check_replicas(settings: list[Settings]) -> None:
@@ -41,9 +44,10 @@ def check_replicas(settings: list[Settings]) -> None:
         raise ValueError("replicas: at least one run is needed")
     for one in settings:
         if not can_be_replica(one):
+            can = " and ".join(name for name, method in METHODS.items() if method.replicable)
             raise ValueError(
-                f"method = {one.method!r} on task = {one.task!r}: only {' and '.join(REPLICATED)} "
-                "on GLUE's tasks can be replicas, run others singly"
+                f"method = {one.method!r} on task = {one.task!r}: only {can} on GLUE's tasks can "
+                "be replicas, run others singly"
             )
     first = shared_settings(settings[0])
     for one in settings[1:]:
@@ -56,31 +60,37 @@ def check_replicas(settings: list[Settings]) -> None:
             )
 
 
-def set_up_replicas(settings: list[Settings]) -> tuple[list[runs.Job], ReplicaLoop]:
+def set_up_replicas(settings: list[Settings]) -> tuple[list[one_run.ReadyRun], Loop]:
     """Look everything up, and put what all of these runs train into one model.
 
-    Raises, before any training: as check_replicas and runs.set_up, ValueError for runs whose
+    Raises, before any training: as check_replicas and one_run.set_up, ValueError for runs whose
     numbers of steps differ, or in several processes.
     """
     check_replicas(settings)
-    jobs, parts = [], []
+    runs: list[one_run.ReadyRun] = []
+    parts = []
     for one in settings:
-        job = runs.set_up(one, like=jobs[0] if jobs else None)
-        parts.append(replicas.take_apart(job.prepared))
-        jobs.append(replace(job, prepared=None))  # its own copy of the encoder can go
-    steps = {job.schedule.total_steps for job in jobs}
+        run = one_run.set_up(one, like=runs[0] if runs else None)
+        parts.append(take_apart(run.prepared))
+        runs.append(replace(run, prepared=None))  # its own copy of the encoder can go
+    steps = {run.schedule.total_steps for run in runs}
     if len(steps) > 1:
         raise ValueError(f"replicas take their steps together, but these runs have {sorted(steps)}")
-    if jobs[0].accelerator.num_processes > 1:
+    accelerator, shared = runs[0].accelerator, settings[0]
+    if accelerator.num_processes > 1:
         raise ValueError("replicas train on one device: start one process, not several")
-    model, _ = tasks.load_model(jobs[0].source, settings[0].task)
-    replicas.replicate(model, parts, settings[0].lora_dropout)
-    set_seed(settings[0].seed)  # of dropout
-    loop = ReplicaLoop(model, jobs, [part.prunes for part in parts], _checkpoint(jobs))
-    return jobs, loop
+    model, _ = glue.load_model(runs[0].source, shared.task)
+    replicate(model, parts, shared.lora_dropout)
+    set_seed(shared.seed)  # of dropout
+    inputs, schedules = [run.inputs for run in runs], [run.schedule for run in runs]
+    prunes = [part.prunes for part in parts]
+    engine = Replicas(model, inputs, schedules, settings, prunes, accelerator)
+    sizes, seeds = [len(own.train) for own in inputs], [one.seed for one in settings]
+    order = Order(sizes, seeds, shared.batch_size, shared.grad_accumulation)
+    return runs, Loop(engine, order, schedules[0], shared, accelerator, _checkpoint(runs))
 
 
-def run_replicas(settings: list[Settings]) -> list[dict]:
+def run_replicas(settings: list[Settings]) -> list[Record]:
     """Train these runs in one pass; returns their records, each then in its own folder.
 
     Each record is what the run would have written alone, keyed as ever, and says of how many
@@ -88,17 +98,17 @@ def run_replicas(settings: list[Settings]) -> list[dict]:
     Raises before any training, as set_up_replicas; BlockingIOError if another process is at work
     in one of the folders.
     """
-    jobs, loop = set_up_replicas(settings)
+    runs, loop = set_up_replicas(settings)
     with ExitStack() as claims:
-        for job in jobs:
-            claims.enter_context(runs.claim(job.folder))
-        results = loop.run()
+        for run in runs:
+            claims.enter_context(one_run.claim(run.folder))
+        trained = loop.run()
         # The first of them also removes the checkpoint, which is in its folder.
-        return [runs.write(job, result) for job, result in zip(jobs, results, strict=True)]
+        return [one_run.write(run, own) for run, own in zip(runs, trained, strict=True)]
 
 
-def _checkpoint(jobs: list[runs.Job]) -> Checkpoint:
+def _checkpoint(runs: list[one_run.ReadyRun]) -> Checkpoint:
     """One for all replicas, in the folder of the first."""
-    shared = {k: v for k, v in shared_settings(jobs[0].settings).items() if k not in NOT_IN_KEY}
-    keys = {"replicas": [job.key for job in jobs]}
-    return Checkpoint(jobs[0].folder, shared | keys | runs.circumstances(jobs[0].accelerator))
+    shared = {k: v for k, v in shared_settings(runs[0].settings).items() if k not in NOT_IN_KEY}
+    keys = {"replicas": [run.key for run in runs]}
+    return Checkpoint(runs[0].folder, shared | keys | one_run.circumstances(runs[0].accelerator))

@@ -9,7 +9,7 @@ replica can see another.
     x (R · B, length, d_in) -> W0 x, as ever                                   one large product
                              + scaling · B diag(c) A x, R small ones side by side
 
-Here is what stands in the model; engine.py trains it.
+Here is what stands in the model; engine.py trains it, step.py allocates its components.
 """
 
 from types import SimpleNamespace
@@ -150,29 +150,41 @@ def replicated_layers(model: nn.Module) -> dict[str, ReplicatedLoRALinear]:
 class Together(nn.Module):
     """The model for a task's own evaluation, which sees one replica but computes all of them.
 
-    evaluate(model) calls it batch by batch, once for each replica, always with the same batches.
-    The first replica's calls run the batch for all R in one pass and keep the logits; the others
-    read them. `replica` says whose logits to return.
+    evaluate(together.of(i)) calls it batch by batch, for one replica after another. The first
+    replica's calls run each batch for all R in one pass and keep the logits; the others read them.
+    Raises ValueError if a later replica is given other batches: it would read the wrong logits.
     """
 
     def __init__(self, model: nn.Module, replicas: int):
         super().__init__()
         self.model, self.replicas = model, replicas
-        self.kept: list[Tensor] = []  # of each batch: (R, B, classes)
-        self.replica, self.calls = None, 0
+        self.kept: list[tuple[dict[str, Tensor], Tensor]] = []  # (a batch, its (R, B, classes))
+        self.replica, self.calls = 0, 0
 
     def of(self, replica: int) -> "Together":
-        """The same, from the first batch on, for this replica."""
+        """The same, from the first batch on, for this replica; 0 comes first."""
         self.replica, self.calls = replica, 0
         return self
 
     def forward(self, **batch: Tensor) -> SimpleNamespace:
-        if self.calls == len(self.kept):
-            widened = {n: t.repeat(self.replicas, *[1] * (t.dim() - 1)) for n, t in batch.items()}
-            logits = self.model(**widened).logits
-            self.kept.append(logits.reshape(self.replicas, -1, logits.shape[-1]))
+        if self.replica == 0:
+            self.kept = [*self.kept[: self.calls], (batch, self._all(batch))]
+        elif not (self.calls < len(self.kept) and _same(batch, self.kept[self.calls][0])):
+            raise ValueError(
+                f"evaluation gave replica {self.replica} another batch {self.calls} than replica 0: "
+                "all must be given the same batches in the same order"
+            )
         self.calls += 1
-        return SimpleNamespace(logits=self.kept[self.calls - 1][self.replica])
+        return SimpleNamespace(logits=self.kept[self.calls - 1][1][self.replica])
+
+    def _all(self, batch: dict[str, Tensor]) -> Tensor:
+        widened = {n: t.repeat(self.replicas, *[1] * (t.dim() - 1)) for n, t in batch.items()}
+        logits = self.model(**widened).logits
+        return logits.reshape(self.replicas, -1, logits.shape[-1])
+
+
+def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
 def losses(logits: Tensor, labels: Tensor, replicas: int) -> Tensor:

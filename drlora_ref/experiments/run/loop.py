@@ -1,245 +1,218 @@
-"""The training loop of train.py with what long runs need: any method, several devices, resumption.
+"""The training loop of train.py with what long runs need: any method, many runs, resumption.
 
-Read drlora_ref/train.py first: it is Algorithm 1 on one page, and a test holds this loop to it. New
-here are accelerate (device, mixed precision, several processes), checkpoints, and the methods that
-the paper compares with.
+Read drlora_ref/train.py first: it is Algorithm 1 on one page, and a test holds this loop to it. Here
+is the calendar: what is due after which step, for R ≥ 1 runs. The step itself is the engine's:
+run/engine.py for one run, replicas/engine.py for many on one encoder.
 """
 
-import itertools
-import math
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+from dataclasses import dataclass, field
+from math import isfinite
 
 import torch
-from accelerate import Accelerator, skip_first_batches
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import get_linear_schedule_with_warmup
 
-from drlora_ref.experiments.methods import Prepared, count_trainable, rank_pattern
 from drlora_ref.experiments.run.checkpoints import Checkpoint, random_state, set_random_state
-from drlora_ref.experiments.tasks.data import Inputs, loss_weight, share
+from drlora_ref.experiments.run.engine import Engine
+from drlora_ref.experiments.run.order import Order
+from drlora_ref.experiments.run.records import peak_memory_mib
+from drlora_ref.experiments.run.settings import Settings
 from drlora_ref.schedule import BudgetSchedule
-from drlora_ref.train import CHECK_EVERY, count_steps, first_non_finite, verdict
+from drlora_ref.train import CHECK_EVERY
+
+
+@dataclass
+class History:
+    """What one run has shown so far. It ends where the run is flagged.
+
+    losses, norms: of each step, the loss and the length of the gradient before clipping.
+    flagged_at: the first step in which one of them was NaN or infinite. before: the evaluation
+    before training. kept: [step, surviving components] of each pruning event.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    flagged_at: int | None = None
+    before: dict = field(default_factory=dict)
+    evaluations: list[dict] = field(default_factory=list)
+    kept: list[list[int]] = field(default_factory=list)
+
+    def add(self, steps: list[list[float]]) -> None:
+        """The (loss, norm) of the steps since the last look; notes the first bad one."""
+        for number, numbers in enumerate(steps, len(self.losses) + 1):
+            if self.flagged_at is None and not all(map(isfinite, numbers)):
+                self.flagged_at = number
+        losses, norms = zip(*steps, strict=True)
+        self.losses += losses
+        self.norms += norms
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training made of one run: its history, what the engine counts, and what it took.
+
+    seconds, evaluation_seconds and peak_memory_mib are of all `replicas` together.
+    """
+
+    history: History
+    outcome: dict
+    replicas: int
+    seconds: float
+    evaluation_seconds: float
+    peak_memory_mib: int
 
 
 class Loop:
-    """One run, from its first step or from its checkpoint to its last step.
+    """R runs of one engine, from their first step or from their checkpoint to their last step.
 
-    `settings` has the attributes learning_rate, batch_size, grad_accumulation, weight_decay,
-    warmup, max_grad_norm, seed and checkpoint_every (0: at the end of each epoch only).
-
-    Several processes train as one: each takes its share of every batch, gradients are averaged by
-    the number of examples, masks follow from scores that are the same everywhere. So batch_size
-    is the whole batch, however many devices there are.
+    All runs take their steps together, so they have one calendar: `schedule` says when they prune
+    (their budgets may differ), `settings.checkpoint_every` when they are saved (0: at the end of
+    each epoch only). A run whose loss or gradient norm is not finite is flagged at the next look,
+    at most 10 steps later, and never allocated, pruned or evaluated again; the others go on.
     """
 
     def __init__(
         self,
-        prepared: Prepared,
-        inputs: Inputs,
+        engine: Engine,
+        order: Order,
         schedule: BudgetSchedule,
-        settings,
+        settings: Settings,
         accelerator: Accelerator,
         checkpoint: Checkpoint,
     ):
-        self.inputs, self.schedule, self.settings = inputs, schedule, settings
-        self.accelerator, self.checkpoint = accelerator, checkpoint
-        self.prepared = prepared
-        self.plain = prepared.model  # without the wrapper that several processes need
-        self.model = accelerator.prepare_model(prepared.model)
-        self.trainable = {n: p for n, p in self.plain.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self.trainable.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-        )
-        T = schedule.total_steps
-        self.lr_schedule = get_linear_schedule_with_warmup(
-            self.optimizer, int(settings.warmup * T), T
-        )
-        self.order = torch.Generator().manual_seed(settings.seed)
-        self.loader = DataLoader(
-            inputs.train,
-            settings.batch_size,
-            shuffle=True,
-            generator=self.order,
-            collate_fn=inputs.collate,
-        )
-        # Where the run stands: steps done, the epoch, and how many of its steps are done.
-        self.step, self.epoch, self.step_in_epoch = 0, 1, 0
-        self.order_at_epoch_start = self.order.get_state()
-        # Loss and gradient norm of each step; the latest ones still where they were computed.
-        self.health: list[list[float]] = []
-        self.unread: list[Tensor] = []
-        self.evaluations: list[dict] = []
-        self.kept: list[list[int]] = []
-        self.before: dict = {}
+        self.engine, self.order, self.schedule = engine, order, schedule
+        self.settings, self.accelerator, self.checkpoint = settings, accelerator, checkpoint
+        self.step = 0
+        self.histories = [History() for _ in order.generators]
+        self.unread: list[Tensor] = []  # (R, 2) of each step since the last look
         self.seconds = self.evaluation_seconds = 0.0
 
-    def run(self) -> dict:
-        """Train to the end; returns what train.train returns, and the evaluation before it."""
+    @property
+    def live(self) -> list[bool]:
+        """Which runs are not flagged."""
+        return [history.flagged_at is None for history in self.histories]
+
+    def run(self) -> list[Trained]:
+        """Train to the end; returns what became of each run."""
         if self.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self._resume()
-        if not self.before:
-            self.before = self._evaluate()
-        started, T = time.perf_counter() - self.seconds, self.schedule.total_steps
-        steps_per_epoch = count_steps(
-            len(self.inputs.train), self.settings.batch_size, 1, self.settings.grad_accumulation
-        )
-        self.model.train()
-        bar = tqdm(total=T, initial=self.step, disable=None, desc="steps")
-        flagged_at, groups, every = None, self._groups(), self.settings.checkpoint_every
-        while self.step < T and flagged_at is None:
+        if not self.histories[0].before:
+            for history, found in zip(self.histories, self.engine.evaluate(), strict=True):
+                history.before = found
+        self.began, T = time.perf_counter() - self.seconds, self.schedule.total_steps
+        bar = tqdm(total=T, initial=self.step, disable=None, desc="steps")  # only on a terminal
+        groups, every = self.order.groups(), self.settings.checkpoint_every
+        while self.step < T and any(self.live):
             self.step += 1
-            self.unread.append(self._optimizer_step(next(groups)))
-            evaluation_due = self.step % steps_per_epoch == 0 or self.step == T
-            save_due = evaluation_due or (every and self.step % every == 0)
-            if save_due or self.step % CHECK_EVERY == 0 or self.schedule.prunes_at(self.step):
-                flagged_at = self._read_health()
-            if flagged_at is None:
-                self._after()
-                if evaluation_due:
-                    self._note_evaluation()
-                self.seconds = time.perf_counter() - started
-                if save_due:
-                    self._save()
-            self.optimizer.zero_grad()
+            self.unread.append(self.engine.optimizer_step(self.step, next(groups)))
+            evaluates = self.step % self.order.steps_per_epoch == 0 or self.step == T
+            saves = evaluates or bool(every and self.step % every == 0)
+            if saves or self.step % CHECK_EVERY == 0 or self.schedule.prunes_at(self.step):
+                self._look()
+            if any(live := self.live):
+                self._allocate(live)
+                self._after(evaluates, saves)
             bar.update()
         bar.close()
-        return self._result(flagged_at)
+        return [self._trained(i) for i in range(len(self.histories))]
 
-    def _groups(self) -> Iterator[list[dict[str, Tensor]]]:
-        """The micro-batches of one optimizer step after another, from where the run stands."""
-        k = self.settings.grad_accumulation
-        while True:
-            done = self.step_in_epoch * k
-            batches = iter(skip_first_batches(self.loader, done) if done else self.loader)
-            while group := list(itertools.islice(batches, k)):
-                self.step_in_epoch += 1
-                yield group
-            self.epoch, self.step_in_epoch = self.epoch + 1, 0
-            self.order_at_epoch_start = self.order.get_state()
-
-    def _optimizer_step(self, group: list[dict[str, Tensor]]) -> Tensor:
-        """Lines 3-6 of Algorithm 1; returns (loss, gradient norm) without waiting for the GPU."""
-        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        weights = [loss_weight(batch) for batch in group]
-        loss = torch.zeros((), device=self.accelerator.device)
-        for i, batch in enumerate(group):
-            last = i == len(group) - 1
-            mine, part = share(batch, rank, processes)
-            # Gradients are averaged over the processes, hence the factor.
-            factor = part * processes / sum(weights)
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                mine = {name: t.to(self.accelerator.device) for name, t in mine.items()}
-                part_of_loss = self.model(**mine).loss * factor
-                loss += part_of_loss.detach()
-                # A term of the weights alone is added once, or it would count once a micro-batch.
-                add = last and self.prepared.loss_term
-                term = self.prepared.loss_term(self.step) if add else None
-                self.accelerator.backward(part_of_loss if term is None else part_of_loss + term)
-        norm = torch.nn.utils.clip_grad_norm_(
-            list(self.trainable.values()), self.settings.max_grad_norm
-        )
-        self.optimizer.step()
-        self.lr_schedule.step()
-        if processes > 1:
-            loss = self.accelerator.reduce(loss, "mean")
-        return torch.stack([loss, norm])
-
-    def _read_health(self) -> int | None:
-        """Fetch the numbers of the steps since the last look; the first bad step, if there is."""
-        checked = len(self.health)
-        bad = first_non_finite(self.unread)
-        self.health += torch.stack(self.unread).tolist()
+    def _look(self) -> None:
+        """Fetch the numbers of the steps since the last look, and flag what is not finite."""
+        steps = torch.stack(self.unread, dim=1).tolist()  # of each run: [[loss, norm], ...]
         self.unread = []
-        return bad and checked + bad
+        for i, (history, own) in enumerate(zip(self.histories, steps, strict=True)):
+            if history.flagged_at is None:
+                history.add(own)
+                if history.flagged_at and len(self.histories) > 1:
+                    print(f"replica {i} diverged at step {history.flagged_at}; the others go on")
 
-    def _after(self) -> None:
-        """Lines 7-9 of Algorithm 1; before zero_grad, since AdaLoRA's scores use the gradients."""
-        if self.prepared.allocator:
-            self.prepared.allocator.step(self.step)
-            if self.schedule.prunes_at(self.step):
-                kept = sum(self.prepared.allocator.rank_pattern().values())
-                self.kept.append([self.step, kept])
+    def _allocate(self, live: list[bool]) -> None:
+        self.engine.allocate(self.step, live)
+        if self.schedule.prunes_at(self.step):
+            for history, goes_on, kept in zip(
+                self.histories, live, self.engine.kept(), strict=True
+            ):
+                if goes_on and kept is not None:
+                    history.kept.append([self.step, kept])
 
-    def _note_evaluation(self) -> None:
+    def _after(self, evaluates: bool, saves: bool) -> None:
+        if evaluates:
+            self._evaluate()
+        self.seconds = time.perf_counter() - self.began
+        if saves:
+            self._save()
+
+    def _evaluate(self) -> None:
         before = time.perf_counter()
-        self.evaluations.append({"step": self.step, "epoch": self.epoch, **self._evaluate()})
-        self.evaluation_seconds += time.perf_counter() - before
-        T = self.schedule.total_steps
+        at = {"step": self.step, "epoch": self.order.epoch}
+        for history, found in zip(self.histories, self.engine.evaluate(), strict=True):
+            if history.flagged_at is None:
+                history.evaluations.append(at | found)
+        now = time.perf_counter()
+        self.evaluation_seconds += now - before
+        spent, T = now - self.began, self.schedule.total_steps
         self.accelerator.print(
-            "step {step} of {T}, epoch {epoch}: {metric:.4f}".format(T=T, **self.evaluations[-1])
+            f"step {self.step} of {T}, epoch {self.order.epoch}: {self._metrics()}; "
+            f"{readable_time(spent)}, about {readable_time(spent / self.step * (T - self.step))} left",
+            flush=True,
         )
 
-    def _evaluate(self) -> dict:
-        """The main process evaluates, the others wait for what it found."""
-        found = [None]
-        if self.accelerator.is_main_process:
-            with self.accelerator.autocast():
-                found = [self.inputs.evaluate(self.plain)]
-        return broadcast_object_list(found)[0]
+    def _metrics(self) -> str:
+        latest = [history.evaluations[-1:] for history in self.histories]
+        return ", ".join(f"{own[0]['metric']:.4f}" if own else "none" for own in latest)
 
     def _save(self) -> None:
         random_states = gather_object([random_state()])
         if self.accelerator.is_main_process:
-            allocator = self.prepared.allocator
             self.checkpoint.save(
                 {
-                    "position": (self.step, self.epoch, self.step_in_epoch),
-                    "order": self.order_at_epoch_start,
+                    "step": self.step,
+                    "order": self.order.state(),
+                    "engine": self.engine.state(),
                     "random": random_states,
-                    "trainable": {n: p.detach() for n, p in self.trainable.items()},
-                    "optimizer": self.optimizer.state_dict(),
-                    "lr_schedule": self.lr_schedule.state_dict(),
-                    "allocator": allocator.state_dict() if allocator else None,
-                    "health": self.health,
-                    "seen": (self.before, self.evaluations, self.kept),
+                    "histories": [vars(history) for history in self.histories],
                     "seconds": (self.seconds, self.evaluation_seconds),
                 }
             )
         self.accelerator.wait_for_everyone()
 
-    @torch.no_grad()
     def _resume(self) -> None:
         state = self.checkpoint.load()
+        rank = self.accelerator.process_index
         if state is None:
-            if rank := self.accelerator.process_index:  # else all would drop the same places
+            if rank:  # without a seed of its own each process would drop the same places
                 set_seed(self.settings.seed + rank)
             return
-        self.step, self.epoch, self.step_in_epoch = state["position"]
-        self.order_at_epoch_start = state["order"]
-        self.order.set_state(state["order"])
-        for name, parameter in self.trainable.items():
-            parameter.copy_(state["trainable"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.lr_schedule.load_state_dict(state["lr_schedule"])
-        if self.prepared.allocator:
-            self.prepared.allocator.load_state_dict(state["allocator"])
-        self.health = state["health"]
-        self.before, self.evaluations, self.kept = state["seen"]
+        self.step = state["step"]
+        self.order.load_state(state["order"])
+        self.engine.load_state(state["engine"])
+        self.histories = [History(**history) for history in state["histories"]]
         self.seconds, self.evaluation_seconds = state["seconds"]
-        set_random_state(state["random"][self.accelerator.process_index])
+        set_random_state(state["random"][rank])
         self.accelerator.print(f"goes on after step {self.step}")
 
-    def _result(self, flagged_at: int | None) -> dict:
-        ranks = rank_pattern(self.prepared)
-        on_gpu = self.accelerator.device.type == "cuda"
-        losses = [loss for loss, _ in self.health]
-        return {
-            "steps": self.step,
-            "seconds": round(self.seconds, 2),
-            "evaluation_seconds": round(self.evaluation_seconds, 2),
-            "peak_memory_mib": torch.cuda.max_memory_allocated() // 2**20 if on_gpu else None,
-            # None for NaN and infinity, which JSON does not have
-            "loss_curve": [round(x, 5) if math.isfinite(x) else None for x in losses],
-            "metric_before_training": self.before["metric"],
-            "budget_curve": self.kept,
-            "trainable_parameters": count_trainable(self.prepared),
-            "rank_pattern": ranks,
-            "surviving_components": sum(ranks.values()),
-            **verdict(self.evaluations, self.schedule, flagged_at),
-        }
+    def _trained(self, i: int) -> Trained:
+        return Trained(
+            self.histories[i],
+            self.engine.outcome(i),
+            len(self.histories),
+            self.seconds,
+            self.evaluation_seconds,
+            peak_memory_mib(self.accelerator.device),
+        )
+
+
+def readable_time(seconds: float) -> str:
+    """A span of time as a person says it.
+
+    >>> readable_time(42.3), readable_time(150), readable_time(9000)
+    ('42 s', '2.5 min', '2.5 h')
+    """
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,10 +1,13 @@
-"""One run: every parameter in one place, everything looked up first, then training, then a record.
+"""One run: everything looked up first, then training, then a record.
 
-Notebook 10 and `python -m drlora_ref.experiments run` are two doors to the three functions here.
+Notebooks 10 to 12 and `python -m drlora_ref.experiments run` are two doors to the three functions
+here: set_up, train, write.
 """
 
 import hashlib
-from contextlib import contextmanager
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,20 +21,16 @@ import drlora_ref
 from drlora_ref.experiments import methods
 from drlora_ref.experiments.run import records
 from drlora_ref.experiments.run.checkpoints import Checkpoint
-from drlora_ref.experiments.run.loop import Loop
-from drlora_ref.experiments.run.settings import (
-    FAMILIES,
-    NOT_IN_KEY,
-    PRECISIONS,
-    Settings,
-    run_key,
-)
-from drlora_ref.experiments.sources import models
+from drlora_ref.experiments.run.engine import OneModel
+from drlora_ref.experiments.run.loop import Loop, Trained
+from drlora_ref.experiments.run.order import Order
+from drlora_ref.experiments.run.settings import NOT_IN_KEY, PRECISIONS, Settings, run_key
+from drlora_ref.experiments.sources.models import ModelSource, resolve_model
 from drlora_ref.experiments.tasks.data import Inputs, TaskData
+from drlora_ref.experiments.tasks.families import FAMILIES
 from drlora_ref.schedule import BudgetSchedule
-from drlora_ref.train import count_steps
+from drlora_ref.train import verdict
 
-PRUNING = ("drlora", "adalora")  # the methods that start from init_r
 LOCK = ".lock"  # held by the process that works in a run's folder, or in a grid's
 
 
@@ -45,15 +44,18 @@ def code_hash() -> str:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A run that is ready to go: everything that could be wrong has been looked at."""
+class ReadyRun:
+    """A run that is ready to go: everything that could be wrong has been looked at.
+
+    `prepared` is None once what it trains has been put into a model of many replicas.
+    """
 
     settings: Settings
     folder: Path
     data: TaskData
-    source: models.ModelSource
+    source: ModelSource
     schedule: BudgetSchedule
-    prepared: methods.Prepared
+    prepared: methods.Prepared | None
     inputs: Inputs
     accelerator: Accelerator
 
@@ -76,61 +78,34 @@ def rows_of(settings: Settings) -> dict:
     return {name: getattr(settings, name) for name in names} | {"drawn_with": drawn_with}
 
 
-def set_up(settings: Settings, like: Job | None = None) -> Job:
+def set_up(settings: Settings, like: ReadyRun | None = None) -> ReadyRun:
     """Look everything up, load data and model, and put the method's parameters into the model.
 
-    Where the rows are those of the job `like`, its encoded data are taken.
+    Where the rows are those of the run `like`, its encoded data are taken.
     Raises, before any training: FileExistsError (there is a record), ValueError, FileNotFoundError,
     ImportError or ConnectionError (a name, a number, a file or the hub), as the parts do.
     """
     folder = records.check_output_dir(settings.output_dir, settings.overwrite)
     family = FAMILIES[settings.task]
-    source = models.resolve_model(settings.model_name)
-    if same := like and rows_of(like.settings) == rows_of(settings):
-        data = like.data
+    source = resolve_model(settings.model_name)
+    if like is not None and rows_of(like.settings) == rows_of(settings):
+        data, inputs = like.data, like.inputs
     else:
         place = settings.task, settings.data_dir
-        data = family.load_task(*place, settings.train_size, settings.seed)
-    make_schedule(settings, len(data.train))  # a bad number shows before the data is encoded
+        data, inputs = family.load_task(*place, settings.train_size, settings.seed), None
+    # What does not fit together shows before the data is encoded.
+    settings.schedule(settings.total_steps(len(data.train)))
     accelerator = make_accelerator(settings.precision)
     set_seed(settings.seed)
     model, tokenizer = family.load_model(source, settings.task)
-    options = {name: getattr(settings, name) for name in family.OPTIONS}
-    inputs = like.inputs if same else family.prepare(data, tokenizer, **options)
+    if inputs is None:
+        options = {name: getattr(settings, name) for name in family.OPTIONS}
+        inputs = family.make_inputs(data, tokenizer, **options)
     # An epoch is a pass over the encoded rows: a long text of SQuAD is several windows.
-    schedule = make_schedule(settings, len(inputs.train))
-    prepared = methods.prepare(
-        settings.method,
-        model,
-        schedule,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        bottleneck=settings.bottleneck,
-        dem_weight=settings.dem_weight,
-        beta=settings.beta,
-        score=settings.score,
-        seed=settings.seed,
-    )
-    return Job(settings, folder, data, source, schedule, prepared, inputs, accelerator)
-
-
-def make_schedule(settings: Settings, examples: int) -> BudgetSchedule:
-    """Eq. 9 for a run on this many training examples; raises ValueError as its parts do.
-
-    Methods that do not prune go through it too, with nothing to take away, so that every method's
-    best score is taken over the same steps.
-    """
-    total_steps = count_steps(
-        examples,
-        settings.batch_size,
-        settings.epochs,
-        settings.grad_accumulation,
-        settings.max_steps,
-    )
-    first_r = settings.init_r if settings.method in PRUNING else settings.target_r
-    return BudgetSchedule(
-        first_r, settings.target_r, total_steps, deltaT=settings.deltaT, curve=settings.curve
-    )
+    schedule = settings.schedule(settings.total_steps(len(inputs.train)))
+    own = {name: getattr(settings, name) for name in methods.METHODS[settings.method].own}
+    prepared = methods.prepare(settings.method, model, schedule, **own)
+    return ReadyRun(settings, folder, data, source, schedule, prepared, inputs, accelerator)
 
 
 def make_accelerator(precision: str = "auto") -> Accelerator:
@@ -146,42 +121,48 @@ def make_accelerator(precision: str = "auto") -> Accelerator:
     )
 
 
-def train(job: Job) -> dict:
-    """Train to the end, from the checkpoint if there is one; returns what Loop.run returns.
+def train(run: ReadyRun) -> Trained:
+    """Train to the end, from the checkpoint if there is one.
 
     Raises ValueError for a checkpoint that is damaged or of another run, OSError where none can
     be written, BlockingIOError if another process is at work in the folder.
     """
-    with claim(job.folder, job.accelerator.is_main_process):
-        if job.accelerator.is_main_process:  # another process may have finished it since set_up
-            records.check_output_dir(job.folder, job.settings.overwrite)
-        loop = Loop(
-            job.prepared,
-            job.inputs,
-            job.schedule,
-            job.settings,
-            job.accelerator,
-            _checkpoint(job),
+    settings, accelerator = run.settings, run.accelerator
+    with claim(run.folder) if accelerator.is_main_process else nullcontext():
+        if accelerator.is_main_process:  # another process may have finished it since set_up
+            records.check_output_dir(run.folder, settings.overwrite)
+        engine = OneModel(run.prepared, run.inputs, run.schedule, settings, accelerator)
+        order = Order(
+            [len(run.inputs.train)],
+            [settings.seed],
+            settings.batch_size,
+            settings.grad_accumulation,
         )
-        return loop.run()
+        (trained,) = Loop(
+            engine, order, run.schedule, settings, accelerator, _checkpoint(run)
+        ).run()
+        return trained
 
 
-def _checkpoint(job: Job) -> Checkpoint:
+def _checkpoint(run: ReadyRun) -> Checkpoint:
     return Checkpoint(
-        job.folder,
+        run.folder,
         {
-            **{k: v for k, v in asdict(job.settings).items() if k not in NOT_IN_KEY},
-            "data": job.data.fingerprint,
-            "model": job.source.sha256,
-            **circumstances(job.accelerator),
+            **{k: v for k, v in asdict(run.settings).items() if k not in NOT_IN_KEY},
+            "data": run.data.fingerprint,
+            "model": run.source.sha256,
+            **circumstances(run.accelerator),
         },
     )
 
 
 def circumstances(accelerator: Accelerator) -> dict:
-    """By what code and on what machine a run trains: a checkpoint of others is not gone on from."""
+    """By what code and on what machine a run trains; a run is not continued by another.
+
+    Else its record would claim the code and the device of the last few steps for all of them.
+    """
     return {
-        "code": code_hash(),  # or the record would claim the code of the last few steps for all
+        "code": code_hash(),
         "device": accelerator.device.type,
         "mixed_precision": accelerator.mixed_precision,
         "processes": accelerator.num_processes,
@@ -189,14 +170,11 @@ def circumstances(accelerator: Accelerator) -> dict:
 
 
 @contextmanager
-def claim(folder: Path, wanted: bool = True):
+def claim(folder: Path) -> Iterator[None]:
     """Keep other processes out of a folder; the claim ends with the process, however it ends.
 
     Raises BlockingIOError if another process has it.
     """
-    if not wanted:
-        yield
-        return
     lock = FileLock(folder / LOCK, timeout=0)
     try:
         lock.acquire()
@@ -210,38 +188,62 @@ def claim(folder: Path, wanted: bool = True):
         lock.release()
 
 
-def write(job: Job, result: dict) -> dict:
+def write(run: ReadyRun, trained: Trained) -> records.Record:
     """Write the run's record and drop its checkpoint; returns the record."""
-    record = {
-        **result,
-        "metric_name": FAMILIES[job.settings.task].metric_name(job.settings.task),
-        "seed": job.settings.seed,
-        "total_steps": job.schedule.total_steps,
-        "data": {
-            "source": records.without_place(job.data.source),
-            "fingerprint": job.data.fingerprint,
-            "train": len(job.data.train),
-        },
-        "model": {
-            "source": records.without_place(job.source.source),
-            "sha256": job.source.sha256,
-        },
-        "environment": {
-            **records.environment(job.accelerator.device.type),
-            "processes": job.accelerator.num_processes,
-            "precision": job.accelerator.mixed_precision,
-        },
-        "code": code_hash(),
-        "key": job.key,
-        "parameters": asdict(job.settings),
-    }
-    if job.accelerator.is_main_process:
-        records.write_record(record, job.folder, job.settings.overwrite)
-        _checkpoint(job).remove()
+    record = make_record(run, trained)
+    if run.accelerator.is_main_process:
+        records.write_record(record, run.folder, run.settings.overwrite)
+        _checkpoint(run).remove()
     return record
 
 
-def run(settings: Settings) -> dict:
+def make_record(run: ReadyRun, trained: Trained) -> records.Record:
+    """All that is kept of a run, from what went in and what came out."""
+    settings, history, accelerator = run.settings, trained.history, run.accelerator
+    record: records.Record = {
+        **verdict(history.evaluations, run.schedule, history.flagged_at),
+        "metric_name": FAMILIES[settings.task].metric_name(settings.task),
+        "metric_before_training": history.before["metric"],
+        "loss_curve": _rounded(history.losses),
+        "gradient_norm_curve": _rounded(history.norms),
+        "budget_curve": history.kept,
+        **trained.outcome,
+        "surviving_components": sum(trained.outcome["rank_pattern"].values()),
+        "steps": len(history.losses),
+        "total_steps": run.schedule.total_steps,
+        "seconds": round(trained.seconds, 2),
+        "evaluation_seconds": round(trained.evaluation_seconds, 2),
+        "peak_memory_mib": trained.peak_memory_mib,
+        "seed": settings.seed,
+        "data": {
+            "source": records.without_place(run.data.source),
+            "fingerprint": run.data.fingerprint,
+            "train": len(run.data.train),
+        },
+        "model": {
+            "source": records.without_place(run.source.source),
+            "sha256": run.source.sha256,
+        },
+        "environment": {
+            **records.environment(accelerator.device.type),
+            "processes": accelerator.num_processes,
+            "precision": accelerator.mixed_precision,
+        },
+        "code": code_hash(),
+        "key": run.key,
+        "parameters": asdict(settings),
+    }
+    if trained.replicas > 1:
+        record["replicas"] = trained.replicas
+    return record
+
+
+def _rounded(numbers: list[float]) -> list[float | None]:
+    # None for NaN and infinity, which JSON does not have
+    return [round(x, 5) if math.isfinite(x) else None for x in numbers]
+
+
+def run(settings: Settings) -> records.Record:
     """A whole run; returns its record, which is then in the folder. Raises as its three parts."""
-    job = set_up(settings)
-    return write(job, train(job))
+    ready = set_up(settings)
+    return write(ready, train(ready))

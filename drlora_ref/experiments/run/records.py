@@ -6,13 +6,57 @@ import math
 import os
 import platform
 import re
+import sys
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypedDict
 
+import psutil
 import torch
 
 import drlora_ref
+
+
+class Record(TypedDict, total=False):
+    """All that is kept of a run: what record.json holds. Made by one_run.make_record.
+
+    A field that a run has nothing for is None, an empty list or an empty table; older records lack
+    the newer fields. Metrics are fractions, not percent.
+    """
+
+    # What came out
+    status: str  # "completed", "collapsed" (one answer for every example) or "diverged"
+    flagged_at: int | None  # the step: of the first NaN, or of the first collapsed evaluation
+    evaluations: list[dict]  # step, epoch, metric, collapsed, and further metrics of the task
+    best: float | None  # highest metric of the evaluations after t_end
+    best_ever: float | None  # highest metric of all evaluations
+    last: float | None  # metric of the last evaluation
+    metric_name: str
+    metric_before_training: float
+    loss_curve: list[float | None]  # training loss of each step, DEM left out; None: not finite
+    gradient_norm_curve: list[float | None]  # of each step, before clipping
+    budget_curve: list[list[int]]  # [step, surviving components] of each pruning event
+    rank_pattern: dict[str, int]  # surviving components of each matrix
+    surviving_components: int
+    trainable_parameters: dict[str, int]  # {"adapter", "head"}, counted as in the paper's tables
+    # What it took
+    trained_bytes: int  # of all tensors that were trained, without the optimizer's
+    steps: int  # optimizer steps taken
+    total_steps: int  # T
+    seconds: float  # evaluation included, of all processes that the run was continued in
+    evaluation_seconds: float
+    peak_memory_mib: int  # of the GPU; else of the process, all libraries and earlier runs included
+    replicas: int  # runs that shared the pass; seconds and memory are then of all of them
+    # What went in
+    seed: int
+    data: dict[str, Any]  # source, fingerprint, train (examples)
+    model: dict[str, str]  # source, sha256 (of its weights)
+    environment: dict[str, Any]  # versions, device, threads, processes, precision
+    code: str  # one_run.code_hash
+    key: str  # settings.run_key
+    parameters: dict[str, Any]  # every field of Settings
+
 
 UNFINISHED = ".unfinished-"  # how the name of a file begins that is still being written
 TAKEN = "{} holds a record already: pass overwrite=True or take another output_dir"
@@ -127,3 +171,19 @@ def without_place(source: str) -> str:
     'GLUE folder glue (4 incomplete rows dropped)'
     """
     return re.sub(r"(?<!\S)/\S*/(?=\S)", "", source)
+
+
+def peak_memory_mib(device: torch.device) -> int:
+    """The most memory that was in use so far, in MiB.
+
+    On a GPU, what torch has allocated there since its statistics were reset. On a CPU, the largest
+    resident size of this process since it began: libraries, data, and earlier runs in it.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() // 2**20
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset // 2**20
+    import resource  # which Windows does not have
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most // (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB on Linux

@@ -1,16 +1,21 @@
-"""Every parameter of a run, with its unit, in one place."""
+"""Every parameter of a run, with its unit, in one place; and every check that needs no data."""
 
 import hashlib
+import inspect
 import json
+import math
+import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 
-from drlora_ref.experiments.methods import check_method
-from drlora_ref.experiments.tasks import commonsense, squad, xsum
-from drlora_ref.experiments.tasks import glue as tasks
-from drlora_ref.experiments.tasks.data import check_name
+from drlora_ref.experiments.given import check_kind, check_name
+from drlora_ref.experiments.methods import METHODS, check_method
+from drlora_ref.experiments.tasks.families import FAMILIES
+from drlora_ref.importance import SCORES
+from drlora_ref.schedule import BudgetSchedule
+from drlora_ref.train import count_steps
 
-FAMILIES = {task: family for family in (tasks, squad, xsum, commonsense) for task in family.TASKS}
-PRECISIONS = {"fp32": "no", "bf16": "bf16"}  # our words, and accelerate's
+PRECISIONS = {"auto": "", "fp32": "no", "bf16": "bf16"}  # our words, and accelerate's
 
 
 @dataclass(frozen=True)
@@ -18,14 +23,14 @@ class Settings:
     """All parameters of a run: what its record holds, and what notebooks and grids may set.
 
     Where Table 8 and Appendix E give a value for CoLA, it is the default; the rest is the authors'
-    code's (lora_alpha, lora_dropout) or ours. Raises ValueError for a value of
-    the wrong kind or out of range, naming the parameter.
+    code's (lora_alpha, lora_dropout) or ours. Raises ValueError, naming the parameter, for a value
+    of the wrong kind, out of range, or impossible beside the others: what is planned can be run.
     """
 
     task: str = "cola"  # a name in FAMILIES
     data_dir: str = ""  # a folder in the original format; "": a variable, else the hub
     model_name: str = "roberta-base"  # or a folder, another name on the hub, minilm-l6
-    method: str = "drlora"  # a name in methods.METHODS
+    method: str = "drlora"  # a name in METHODS
     seed: int = 0  # of the head, the adapters, the order of the data and dropout
     init_r: int = 3  # b(0), components per matrix at the start: drlora and adalora
     target_r: int = 2  # b(T), components per matrix at the end, on average; lora: its rank
@@ -56,29 +61,54 @@ class Settings:
     output_dir: str = "runs/mine"  # checkpoint and record go here
     overwrite: bool = False  # True: may replace a record that is there
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in fields(self):
-            value, kind = getattr(self, field.name), type(field.default)
-            if kind is float and type(value) is int:
-                object.__setattr__(self, field.name, float(value))
-            elif type(value) is not kind:
-                raise ValueError(
-                    f"{field.name} = {value!r}: must be like {field.default!r}, which it is by "
-                    "default"
-                )
-        for name in ("learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be above 0")
-        for name in ("dem_weight", "weight_decay", "checkpoint_every"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 0")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup = {self.warmup}: must be at least 0 and less than 1")
-        if self.precision not in ("auto", *PRECISIONS):
-            raise ValueError(f"precision = {self.precision!r}: must be auto, fp32 or bf16")
-        check_name(self.task, FAMILIES)
+            check_kind(field.name, getattr(self, field.name), field.default)
+            if type(field.default) is float:  # a whole number will do; in the key it is the same
+                object.__setattr__(self, field.name, float(getattr(self, field.name)))
+        check_name("task", self.task, FAMILIES)
         check_method(self.method)
+        check_name("precision", self.precision, PRECISIONS)
+        check_name("score", self.score, SCORES)
+        for names, holds, words in RANGES:
+            for name in names.split():
+                value = getattr(self, name)
+                if not holds(value) or abs(value) >= 2**63:
+                    raise ValueError(f"{name} = {value}: must be {words}")
+        # The steps are known once the data are; every other number of Eq. 9 can be checked now.
+        METHODS[self.method].check(self.schedule(self.max_steps or 10**9))
 
+    def total_steps(self, examples: int) -> int:
+        """T on this many training examples. Raises ValueError as count_steps does."""
+        return count_steps(
+            examples, self.batch_size, self.epochs, self.grad_accumulation, self.max_steps
+        )
+
+    def schedule(self, total_steps: int) -> BudgetSchedule:
+        """Eq. 9 over so many steps; raises ValueError for numbers that do not go together.
+
+        Methods that do not prune go through it too, with nothing to take away, so that every
+        method's best score is taken over the same steps.
+        """
+        first_r = self.init_r if METHODS[self.method].prunes else self.target_r
+        return BudgetSchedule(
+            first_r, self.target_r, total_steps, deltaT=self.deltaT, curve=self.curve
+        )
+
+
+# (parameters, what holds for each, the same in words)
+RANGES: list[tuple[str, Callable[[float], bool], str]] = [
+    ("seed max_steps train_size stride checkpoint_every", lambda n: n >= 0, "0 or more"),
+    (
+        "init_r target_r bottleneck batch_size epochs max_length deltaT grad_accumulation "
+        "eval_batch_size summary_length num_beams",
+        lambda n: n >= 1,
+        "at least 1",
+    ),
+    ("dem_weight weight_decay", lambda x: 0 <= x < math.inf, "a number, 0 or more"),
+    ("learning_rate lora_alpha max_grad_norm", lambda x: 0 < x < math.inf, "a number above 0"),
+    ("beta lora_dropout warmup", lambda x: 0 <= x < 1, "at least 0 and less than 1"),
+]
 
 # Where a run is kept, and how often it is saved, does not change what it is.
 PLACES = ("output_dir", "overwrite")
@@ -97,3 +127,14 @@ def run_key(settings: Settings, fingerprint: str, model_sha256: str) -> str:
     given = {k: v for k, v in asdict(settings).items() if k not in NOT_IN_KEY}
     text = json.dumps([given, fingerprint, model_sha256], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def describe() -> str:
+    """Every parameter with its default and its comment, one a line: what `run --help` shows.
+
+    >>> print(describe().splitlines()[4].strip())
+    seed = 0                       of the head, the adapters, the order of the data and dropout
+    """
+    line = re.compile(r"    (\w+): \w+ = (.+?)  # (.+)")
+    found = line.findall(inspect.getsource(Settings))
+    return "\n".join(f"  {f'{name} = {default}':30} {comment}" for name, default, comment in found)
