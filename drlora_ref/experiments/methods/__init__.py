@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from drlora_ref.allocator import RankAllocator
+from drlora_ref.experiments.given import check_name
 from drlora_ref.experiments.methods.adalora import AdaLoRAAllocator
 from drlora_ref.experiments.methods.bottleneck import insert_adapters
 from drlora_ref.inject import (
@@ -166,12 +167,11 @@ def prepare(
 
 
 def check_method(method: str) -> None:
-    """Raise ValueError, naming the methods there are, if this is none of them.
+    """Raise ValueError, with the nearest method and all of them, if this is none.
 
     >>> check_method("lora")
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}: must be one of {', '.join(METHODS)}")
+    check_name("method", method, METHODS)
 
 
 def rank_pattern(prepared: Prepared) -> dict[str, int]:

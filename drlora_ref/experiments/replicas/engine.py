@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from drlora_ref.experiments.replicas import model as replicas
+from drlora_ref.experiments.replicas.rows import PaddedRows
 from drlora_ref.experiments.replicas.step import (
     ReplicaAdamW,
     ReplicaAllocator,
@@ -23,7 +24,6 @@ from drlora_ref.experiments.replicas.step import (
     rate_factor,
 )
 from drlora_ref.experiments.run.checkpoints import Checkpoint, random_state, set_random_state
-from drlora_ref.experiments.tasks.data import PaddedRows
 from drlora_ref.inject import in_head
 from drlora_ref.train import CHECK_EVERY, count_steps, verdict
 

@@ -10,7 +10,7 @@ from drlora_ref.experiments.replicas.engine import ReplicaLoop
 from drlora_ref.experiments.run import one_run as runs
 from drlora_ref.experiments.run.checkpoints import Checkpoint
 from drlora_ref.experiments.run.settings import NOT_IN_KEY, PLACES, Settings
-from drlora_ref.experiments.tasks import glue as tasks
+from drlora_ref.experiments.tasks import glue
 
 REPLICATED = ("drlora", "lora")  # methods that can be replicas
 # What runs on one encoder may differ in; all else of their settings they share.
@@ -32,7 +32,7 @@ def can_be_replica(settings: Settings) -> bool:
     >>> can_be_replica(Settings(method="lora")), can_be_replica(Settings(method="full"))
     (True, False)
     """
-    return settings.method in REPLICATED and settings.task in tasks.TASKS
+    return settings.method in REPLICATED and settings.task in glue.TASKS
 
 
 def check_replicas(settings: list[Settings]) -> None:
@@ -73,7 +73,7 @@ def set_up_replicas(settings: list[Settings]) -> tuple[list[runs.Job], ReplicaLo
         raise ValueError(f"replicas take their steps together, but these runs have {sorted(steps)}")
     if jobs[0].accelerator.num_processes > 1:
         raise ValueError("replicas train on one device: start one process, not several")
-    model, _ = tasks.load_model(jobs[0].source, settings[0].task)
+    model, _ = glue.load_model(jobs[0].source, settings[0].task)
     replicas.replicate(model, parts, settings[0].lora_dropout)
     set_seed(settings[0].seed)  # of dropout
     loop = ReplicaLoop(model, jobs, [part.prunes for part in parts], _checkpoint(jobs))

@@ -20,7 +20,6 @@ from drlora_ref.experiments.run import records
 from drlora_ref.experiments.run.checkpoints import Checkpoint
 from drlora_ref.experiments.run.loop import Loop
 from drlora_ref.experiments.run.settings import (
-    FAMILIES,
     NOT_IN_KEY,
     PRECISIONS,
     Settings,
@@ -28,6 +27,7 @@ from drlora_ref.experiments.run.settings import (
 )
 from drlora_ref.experiments.sources import models
 from drlora_ref.experiments.tasks.data import Inputs, TaskData
+from drlora_ref.experiments.tasks.families import FAMILIES
 from drlora_ref.schedule import BudgetSchedule
 from drlora_ref.train import count_steps
 
@@ -96,7 +96,7 @@ def set_up(settings: Settings, like: Job | None = None) -> Job:
     set_seed(settings.seed)
     model, tokenizer = family.load_model(source, settings.task)
     options = {name: getattr(settings, name) for name in family.OPTIONS}
-    inputs = like.inputs if same else family.prepare(data, tokenizer, **options)
+    inputs = like.inputs if same else family.make_inputs(data, tokenizer, **options)
     # An epoch is a pass over the encoded rows: a long text of SQuAD is several windows.
     schedule = make_schedule(settings, len(inputs.train))
     prepared = methods.prepare(

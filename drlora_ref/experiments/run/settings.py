@@ -4,12 +4,10 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 
+from drlora_ref.experiments.given import check_kind, check_name
 from drlora_ref.experiments.methods import check_method
-from drlora_ref.experiments.tasks import commonsense, squad, xsum
-from drlora_ref.experiments.tasks import glue as tasks
-from drlora_ref.experiments.tasks.data import check_name
+from drlora_ref.experiments.tasks.families import FAMILIES
 
-FAMILIES = {task: family for family in (tasks, squad, xsum, commonsense) for task in family.TASKS}
 PRECISIONS = {"fp32": "no", "bf16": "bf16"}  # our words, and accelerate's
 
 
@@ -58,14 +56,10 @@ class Settings:
 
     def __post_init__(self):
         for field in fields(self):
-            value, kind = getattr(self, field.name), type(field.default)
-            if kind is float and type(value) is int:
+            value = getattr(self, field.name)
+            check_kind(field.name, value, field.default)
+            if isinstance(field.default, float):  # so that 1 and 1.0 are the same run
                 object.__setattr__(self, field.name, float(value))
-            elif type(value) is not kind:
-                raise ValueError(
-                    f"{field.name} = {value!r}: must be like {field.default!r}, which it is by "
-                    "default"
-                )
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be above 0")
@@ -76,7 +70,7 @@ class Settings:
             raise ValueError(f"warmup = {self.warmup}: must be at least 0 and less than 1")
         if self.precision not in ("auto", *PRECISIONS):
             raise ValueError(f"precision = {self.precision!r}: must be auto, fp32 or bf16")
-        check_name(self.task, FAMILIES)
+        check_name("task", self.task, FAMILIES)
         check_method(self.method)
 
 
