@@ -581,5 +581,5 @@ def test_setting_that_no_window_fits_is_refused(options, message, tokenizer):
 
 def test_tokenizer_without_a_first_token_for_no_answer_is_refused(tiny_encoder):
     source = ModelSource("no-cls", str(tiny_encoder), "local folder no-cls", "")
-    with pytest.raises(ValueError, match="no-cls: no answer needs a tokenizer that begins with"):
+    with pytest.raises(ValueError, match="no-cls: SQuAD needs a tokenizer that begins with"):
         load_model(source, "squad_v1")

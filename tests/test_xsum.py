@@ -352,5 +352,5 @@ def test_rouge_is_the_mean_over_documents():
 
 
 def test_encoder_is_refused_as_a_model_that_writes():
-    with pytest.raises(ValueError, match="tiny-roberta is a roberta model"):
+    with pytest.raises(ValueError, match="tiny-roberta: roberta models have no head"):
         load_model(resolve_model("tiny-roberta"), "xsum")

@@ -143,7 +143,7 @@ def load_pretrained(
     # Private, but nothing public leads from an auto class to the models that it has a head for.
     if type(config) not in auto_class._model_mapping:
         kind = auto_class.__name__.removeprefix("AutoModelFor")
-        raise ValueError(f"{source.name}: a {config.model_type} model has no head for {kind}")
+        raise ValueError(f"{source.name}: {config.model_type} models have no head for {kind}")
     with _quiet_loading():
         tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
         model, report = auto_class.from_pretrained(

@@ -15,12 +15,13 @@ from drlora_ref.experiments.tasks.data import Inputs, TaskData
 
 
 class Family(Protocol):
-    """What a run asks of its task's module, in this order.
+    """What a run asks of its task's module.
 
     Every function that is given a task raises ValueError, with the nearest name, for one that is
     not in TASKS.
     """
 
+    # Properties, so that a module may have a narrower type than is asked of it.
     @property
     def TASKS(self) -> Mapping[str, object]:
         """The tasks by name, each with what is particular to it."""
@@ -28,9 +29,6 @@ class Family(Protocol):
     @property
     def OPTIONS(self) -> tuple[str, ...]:
         """The parameters of a run that `make_inputs` takes: max_length, and others by name."""
-
-    def metric_name(self, task: str) -> str:
-        """The metric by which runs on this task are compared."""
 
     def load_task(
         self, task: str, data_dir: str = "", train_size: int = 0, seed: int = 0
@@ -45,6 +43,9 @@ class Family(Protocol):
     @property
     def make_inputs(self) -> Callable[..., Inputs]:
         """make_inputs(data, tokenizer, **OPTIONS): what the training loop needs."""
+
+    def metric_name(self, task: str) -> str:
+        """The metric by which runs on this task are compared."""
 
 
 FAMILIES: dict[str, Family] = {

@@ -134,7 +134,7 @@ def _check_answers(questions: Dataset, task: str, where: str) -> None:
             raise ValueError(f"{where}: null in question {row['id']}; every value must be there")
         if not (texts or TASKS[task].unanswerable):
             raise ValueError(
-                f"{where}: question {row['id']} has no answer, as only squad_v2 allows"
+                f"{where}: question {row['id']} has no answer; only squad_v2 allows that"
             )
         for text, start in zip(texts, starts, strict=True):
             held = row["context"][max(start, 0) : start + len(text)]
