@@ -39,7 +39,8 @@ BASE_MODELS = {
     "bert": BaseModel(_BERT, head=("classifier", "pooler", "qa_outputs")),  # it trains its pooler
     "mpnet": BaseModel(_MPNET),
     "bart": BaseModel(
-        {f"self_attn.{p}": label for p, label in _PROJECTIONS.items()} | {"fc1": "Wf1", "fc2": "Wf2"},
+        {f"self_attn.{p}": label for p, label in _PROJECTIONS.items()}
+        | {"fc1": "Wf1", "fc2": "Wf2"},
         {f"encoder_attn.{p}": f"{label} cross" for p, label in _PROJECTIONS.items()},
         head=("classification_head", "qa_outputs"),
     ),

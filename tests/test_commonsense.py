@@ -14,7 +14,13 @@ from huggingface_hub import constants
 from drlora_ref.experiments.sources.models import resolve_model
 from drlora_ref.experiments.sources.words import vocabulary
 from drlora_ref.experiments.tasks import commonsense
-from drlora_ref.experiments.tasks.commonsense import TASKS, encode, load_model, load_task, prepare
+from drlora_ref.experiments.tasks.commonsense import (
+    TASKS,
+    encode,
+    load_model,
+    load_task,
+    make_inputs,
+)
 
 RAW = {  # a row of the authors' file for each task
     "boolq": {"question": "is it so", "title": "T", "answer": True, "passage": "It is “so”."},
@@ -210,11 +216,11 @@ def test_length_without_room_for_what_is_never_cut_is_refused(tokenizer, name):
         for text in row.get("endings", [row.get("question")])
     )
     least = longest + 5  # four special tokens, and one of the text that may be cut
-    prepare(data, tokenizer, max_length=least)
+    make_inputs(data, tokenizer, max_length=least)
     what = "ending" if name in CHOICES else "question"
     message = f"max_length = {least - 1}: must be {least} or more: no {what} is cut"
     with pytest.raises(ValueError, match=message):
-        prepare(data, tokenizer, max_length=least - 1)
+        make_inputs(data, tokenizer, max_length=least - 1)
 
 
 @pytest.mark.parametrize(
@@ -228,12 +234,12 @@ def test_length_without_room_for_what_is_never_cut_is_refused(tokenizer, name):
 @all_tasks
 def test_settings_out_of_range_are_named(tokenizer, name, options, message):
     with pytest.raises(ValueError, match=message):
-        prepare(load_task(name, "generated"), tokenizer, **{"max_length": 60, **options})
+        make_inputs(load_task(name, "generated"), tokenizer, **{"max_length": 60, **options})
 
 
 @pytest.mark.parametrize("name, choices", [("hellaswag", 4), ("winogrande", 2)])
 def test_batches_of_choices_have_the_examples_first(tokenizer, name, choices):
-    inputs = prepare(load_task(name, "generated"), tokenizer, max_length=60)
+    inputs = make_inputs(load_task(name, "generated"), tokenizer, max_length=60)
     batch = inputs.collate(inputs.train.to_list()[:3])
     assert batch["input_ids"].shape == batch["attention_mask"].shape
     assert batch["input_ids"].shape[:2] == (3, choices)
@@ -263,7 +269,7 @@ class Oracle(torch.nn.Module):
 @all_tasks
 def test_oracle_scores_one_through_the_whole_path(tokenizer, name, batch_size):
     data = load_task(name, "generated")
-    inputs = prepare(data, tokenizer, max_length=60, eval_batch_size=batch_size)
+    inputs = make_inputs(data, tokenizer, max_length=60, eval_batch_size=batch_size)
     rows = encode(data.validation["validation"], tokenizer, 60)
     oracle = Oracle(rows, len(TASKS[name].labels))
     assert inputs.evaluate(oracle) == {"metric": 1.0, "collapsed": False}
@@ -276,7 +282,7 @@ def test_the_same_label_for_every_row_is_collapsed(tokenizer, name):
     rows = encode(data.validation["validation"], tokenizer, 60)
     share = rows["labels"][:].count(1) / len(rows)
     oracle = Oracle([{**row, "labels": 1} for row in rows], len(TASKS[name].labels))
-    found = prepare(data, tokenizer, max_length=60).evaluate(oracle)
+    found = make_inputs(data, tokenizer, max_length=60).evaluate(oracle)
     assert found == {"metric": pytest.approx(share), "collapsed": True}
 
 
@@ -285,7 +291,7 @@ def test_tiny_roberta_takes_the_whole_path_without_noise_or_random_numbers(name,
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
         warnings.simplefilter("error")
         model, tokenizer = load_model(resolve_model("tiny-roberta"), name)
-        inputs = prepare(load_task(name, "generated"), tokenizer, max_length=60)
+        inputs = make_inputs(load_task(name, "generated"), tokenizer, max_length=60)
         model.train()
         model(**inputs.collate(inputs.train.to_list()[:8])).loss.backward()
         state = torch.get_rng_state()

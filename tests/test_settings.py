@@ -94,9 +94,7 @@ def test_help_lists_every_parameter_with_its_default_and_meaning(capsys):
     assert len(describe().splitlines()) == len(NAMES)
 
 
-def test_a_method_with_a_parameter_of_its_own_needs_its_function_and_a_field(
-    tmp_path, monkeypatch
-):
+def test_a_method_with_a_parameter_of_its_own_needs_its_function_and_a_field(tmp_path, monkeypatch):
     """Added on the fly: no other list names methods or their parameters."""
 
     def scaled_head(model: nn.Module, schedule, *, head_scale: float = 1.0) -> Prepared:
@@ -114,7 +112,10 @@ def test_a_method_with_a_parameter_of_its_own_needs_its_function_and_a_field(
     losses = []
     for head_scale in (0.0, 5.0):
         settings = More(
-            **given, method="scaled-head", head_scale=head_scale, output_dir=f"{tmp_path}/{head_scale}"
+            **given,
+            method="scaled-head",
+            head_scale=head_scale,
+            output_dir=f"{tmp_path}/{head_scale}",
         )
         record = one_run.run(settings)
         assert record["parameters"]["head_scale"] == head_scale

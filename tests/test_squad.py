@@ -17,7 +17,13 @@ from transformers import PreTrainedTokenizerFast
 
 from drlora_ref.experiments.sources.models import ModelSource, resolve_model
 from drlora_ref.experiments.tasks import squad, squad_windows
-from drlora_ref.experiments.tasks.squad import TASKS, load_model, load_task, prepare, write_squad
+from drlora_ref.experiments.tasks.squad import (
+    TASKS,
+    load_model,
+    load_task,
+    make_inputs,
+    write_squad,
+)
 from drlora_ref.experiments.tasks.squad_answers import (
     LONGEST,
     Spans,
@@ -96,7 +102,7 @@ def oracle(rows, tokenizer, max_length, stride):
 @pytest.mark.parametrize("lengths", [SHORT, dict(max_length=384, stride=128)])
 def test_model_that_points_to_the_gold_span_scores_one(task, lengths, tokenizer):
     data = load_task(task, "generated")
-    inputs = prepare(data, tokenizer, **lengths, eval_batch_size=7)
+    inputs = make_inputs(data, tokenizer, **lengths, eval_batch_size=7)
     model = oracle(data.validation["validation"], tokenizer, **lengths)
     assert inputs.evaluate(model) == {
         "metric": 1.0,
@@ -109,7 +115,7 @@ def test_model_that_points_to_the_gold_span_scores_one(task, lengths, tokenizer)
 @pytest.mark.parametrize("task", TASKS)
 def test_random_model_trains_and_is_evaluated_on_windows(task, tiny):
     model, tokenizer = tiny
-    inputs = prepare(load_task(task, "generated"), tokenizer, **SHORT)
+    inputs = make_inputs(load_task(task, "generated"), tokenizer, **SHORT)
     batch = inputs.collate(inputs.train.select(range(8)).to_list())
     assert {len(tensor) for tensor in batch.values()} == {8}
     model.zero_grad()
@@ -121,7 +127,7 @@ def test_random_model_trains_and_is_evaluated_on_windows(task, tiny):
 
 def test_windows_without_the_answer_count_in_the_loss_as_pointing_to_the_first_token(tiny):
     model, tokenizer = tiny
-    inputs = prepare(load_task("squad_v2", "generated"), tokenizer, **SHORT)
+    inputs = make_inputs(load_task("squad_v2", "generated"), tokenizer, **SHORT)
     rows = inputs.train.to_list()
     chosen = [row for row in rows if not row["start_positions"]][:3] + rows[:3]
     assert [row["end_positions"] for row in chosen[:3]] == [0, 0, 0]
@@ -181,7 +187,7 @@ def test_answer_in_the_last_window_of_a_long_context_is_found(tokenizer):
     context = "Ben lost the red cup in Rome . " * 500 + "Anna found the blue box in Oslo ."
     rows = questions((context, "Who found the blue box ?", ["Anna"]))
     data = squad.TaskData("squad_v1", rows, {"validation": rows}, "", "")
-    inputs = prepare(data, tokenizer, max_length=384, stride=128)
+    inputs = make_inputs(data, tokenizer, max_length=384, stride=128)
     positions = inputs.train["start_positions"][:]
     assert len(positions) > 10 and not any(positions[:-1]) and positions[-1]
     found = inputs.evaluate(oracle(rows, tokenizer, max_length=384, stride=128))
@@ -344,7 +350,7 @@ def test_scores_are_the_mean_over_all_questions_as_plain_floats_without_a_warnin
 
 
 def test_no_answer_to_any_question_is_collapsed(tokenizer):
-    inputs = prepare(load_task("squad_v2", "generated"), tokenizer, **SHORT)
+    inputs = make_inputs(load_task("squad_v2", "generated"), tokenizer, **SHORT)
     found = inputs.evaluate(Pointer(lambda ids: (0, 0)))
     assert found == {"metric": 0.5, "f1": 0.5, "exact_match": 0.5, "collapsed": True}
 
@@ -353,7 +359,7 @@ def test_same_text_for_every_question_is_collapsed(tokenizer):
     facts = "Anna left Rome .", "Anna left Oslo ."
     rows = questions(*[(fact, "Who left ?", ["Anna"]) for fact in facts])
     data = squad.TaskData("squad_v1", rows, {"validation": rows}, "", "")
-    found = prepare(data, tokenizer, **SHORT).evaluate(oracle(rows, tokenizer, **SHORT))
+    found = make_inputs(data, tokenizer, **SHORT).evaluate(oracle(rows, tokenizer, **SHORT))
     assert found == {"metric": 1.0, "f1": 1.0, "exact_match": 1.0, "collapsed": True}
 
 
@@ -367,7 +373,7 @@ def test_one_logit_that_is_not_finite_is_collapsed_with_metric_zero(broken, toke
         output.end_logits[0, 5] += broken if next(fail, False) else 0
 
     model.register_forward_hook(spoil)
-    found = prepare(data, tokenizer, **SHORT, eval_batch_size=8).evaluate(model)
+    found = make_inputs(data, tokenizer, **SHORT, eval_batch_size=8).evaluate(model)
     assert found == {"metric": 0.0, "f1": 0.0, "exact_match": 0.0, "collapsed": True}
 
 
@@ -376,7 +382,7 @@ def test_evaluation_leaves_modes_and_random_numbers_as_they_were(tokenizer):
     model = oracle(data.validation["validation"], tokenizer, **SHORT).train()
     model.dropout.eval()
     state = torch.get_rng_state()
-    prepare(data, tokenizer, **SHORT).evaluate(model)
+    make_inputs(data, tokenizer, **SHORT).evaluate(model)
     assert model.training and not model.dropout.training
     assert torch.equal(state, torch.get_rng_state())
 
@@ -570,10 +576,10 @@ def test_file_without_questions_is_refused(folder):
 )
 def test_setting_that_no_window_fits_is_refused(options, message, tokenizer):
     with pytest.raises(ValueError, match=message):
-        prepare(load_task("squad_v1", "generated"), tokenizer, **{"stride": 1, **options})
+        make_inputs(load_task("squad_v1", "generated"), tokenizer, **{"stride": 1, **options})
 
 
 def test_tokenizer_without_a_first_token_for_no_answer_is_refused(tiny_encoder):
     source = ModelSource("no-cls", str(tiny_encoder), "local folder no-cls", "")
-    with pytest.raises(ValueError, match="no-cls: no answer needs a tokenizer that begins with"):
+    with pytest.raises(ValueError, match="no-cls: SQuAD needs a tokenizer that begins with"):
         load_model(source, "squad_v1")

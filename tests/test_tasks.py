@@ -11,15 +11,15 @@ from datasets import ClassLabel, Dataset, DatasetDict, Value
 from huggingface_hub import constants
 
 from drlora_ref.experiments.sources.models import resolve_model
-from drlora_ref.experiments.tasks import glue as tasks
+from drlora_ref.experiments.tasks import glue
 from drlora_ref.experiments.tasks.glue import (
     TASKS,
     encode,
     evaluate,
     load_model,
     load_task,
+    make_inputs,
     metric,
-    prepare,
 )
 
 GLUE = Path(__file__).parents[1] / ".." / "shared" / "glue"
@@ -181,7 +181,7 @@ def test_a_generated_set_goes_through_the_reader_the_tokenizer_and_a_model(name)
     assert data.source == f"generated {name} set" and data.fingerprint == again.fingerprint
     assert data.train.num_rows == 64 and set(data.train.column_names) >= {"label", "idx"}
     model, tokenizer = load_model(resolve_model("tiny-roberta"), name)
-    train, collate, score = prepare(data, tokenizer, max_length=64)
+    train, collate, score = make_inputs(data, tokenizer, max_length=64)
     assert all(tokenizer.unk_token_id not in ids for ids in train["input_ids"][:])
     assert not name == "mnli" or len(data.validation) == 2
     model(**collate(train.select(range(8)).to_list())).loss.backward()
@@ -191,7 +191,7 @@ def test_a_generated_set_goes_through_the_reader_the_tokenizer_and_a_model(name)
 
 
 def test_failing_folder_is_an_error_and_not_a_reason_to_ask_the_hub(tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks, "_from_hub", lambda task: pytest.fail("asked the hub"))
+    monkeypatch.setattr(glue, "_from_hub", lambda task: pytest.fail("asked the hub"))
     monkeypatch.setenv("GLUE_DIR", str(tmp_path))
     with pytest.raises(FileNotFoundError):
         load_task("rte")

@@ -17,8 +17,9 @@ from dataclasses import fields
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
+from drlora_ref.experiments.given import check_known, literal, read_yaml
 from drlora_ref.experiments.grids.grid import run_grid
-from drlora_ref.experiments.grids.notebooks import check_known, literal, read_yaml, run_notebook
+from drlora_ref.experiments.grids.notebooks import run_notebook
 from drlora_ref.experiments.run.one_run import run
 from drlora_ref.experiments.run.settings import Settings, describe
 

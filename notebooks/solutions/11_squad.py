@@ -18,5 +18,5 @@ all_answered = squad.load_task("squad_v1", "generated").train
 
 
 def silent_share(max_length):
-    targets = windowing.encode_train(all_answered, tokenizer, max_length, stride=4)
+    targets = squad_windows.encode_train(all_answered, tokenizer, max_length, stride=4)
     return np.mean(np.array(targets["start_positions"]) == 0)

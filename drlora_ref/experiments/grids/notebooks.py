@@ -1,14 +1,11 @@
 """Run a notebook as an experiment: papermill, with its parameters checked first."""
 
-import ast
-import difflib
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import papermill
-import yaml
 
+from drlora_ref.experiments.given import check_kind, check_known, literal
 from drlora_ref.experiments.run.records import check_output_dir
 
 
@@ -38,8 +35,7 @@ def check_parameters(notebook: str | Path, *sets: dict) -> set[str]:
     """Check that a notebook can be given these sets of parameters; returns the names of all it has.
 
     Raises FileNotFoundError (no such notebook) and ValueError: a parameter that it does not
-    declare, of which papermill would only warn, or a value that is a word where the notebook's own
-    is none, or the other way round.
+    declare, of which papermill would only warn, or a value of another kind than the notebook's own.
     """
     if not Path(notebook).is_file():
         raise FileNotFoundError(f"{notebook}: no such notebook")
@@ -47,54 +43,5 @@ def check_parameters(notebook: str | Path, *sets: dict) -> set[str]:
     for parameters in sets:
         check_known(f"{Path(notebook).name} has no parameter", parameters, known)
         for name, value in parameters.items():
-            default = literal(known[name]["default"])
-            if isinstance(value, str) != isinstance(default, str):
-                number = isinstance(value, str) and isinstance(literal(value), float)
-                hint = " (YAML reads 1e-3 as a word, and 1.0e-3 as a number)" if number else ""
-                raise ValueError(
-                    f"{name} = {value!r}: must be like {default!r}, which it is by default{hint}"
-                )
+            check_kind(name, value, default=literal(known[name]["default"]))
     return set(known)
-
-
-def check_known(problem: str, names: Iterable[str], known: Iterable[str]) -> None:
-    """Raise ValueError for the first name that is not known, with the nearest ones or all.
-
-    >>> check_known("no parameter", ["sed"], ["seed", "task"])
-    Traceback (most recent call last):
-    ValueError: no parameter 'sed': seed?
-    """
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known) or sorted(known)
-            raise ValueError(f"{problem} {name!r}: {', '.join(near)}?")
-
-
-def read_yaml(file: str | Path) -> dict:
-    """The names and values in a YAML file; FileNotFoundError, or ValueError if it holds no such.
-
-    >>> read_yaml("none.yaml")
-    Traceback (most recent call last):
-    FileNotFoundError: none.yaml: no such file
-    """
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"{file}: no such file")
-    try:
-        found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} must hold lines of `name: value`")
-    return found
-
-
-def literal(text: str):
-    """The value that a word on the command line, or in a notebook's cell, stands for.
-
-    >>> literal("1e-3"), literal("true"), literal("cola"), literal("'cola'"), literal("")
-    (0.001, True, 'cola', 'cola', '')
-    """
-    try:
-        return ast.literal_eval(text.capitalize() if text.lower() in ("true", "false") else text)
-    except (ValueError, SyntaxError):
-        return text

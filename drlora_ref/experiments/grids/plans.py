@@ -18,14 +18,16 @@ from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from drlora_ref.experiments.given import check_known, read_yaml
 from drlora_ref.experiments.grids import processes as jobs
-from drlora_ref.experiments.grids.notebooks import check_known, check_parameters, read_yaml
+from drlora_ref.experiments.grids.notebooks import check_parameters
 from drlora_ref.experiments.replicas.many_runs import can_be_replica, shared_settings
 from drlora_ref.experiments.results import paper
 from drlora_ref.experiments.results import summaries as results
 from drlora_ref.experiments.run.one_run import make_schedule
-from drlora_ref.experiments.run.settings import FAMILIES, PLACES, Settings, run_key
+from drlora_ref.experiments.run.settings import PLACES, Settings, run_key
 from drlora_ref.experiments.sources.models import resolve_model
+from drlora_ref.experiments.tasks.families import FAMILIES
 
 KINDS = {
     "notebook": str,
@@ -95,7 +97,7 @@ def _check_sets(file, grid: dict) -> None:
     if twice := [name for name, times in Counter(names).items() if times > 1]:
         raise ValueError(f"{file} sets {', '.join(twice)} in two places")
     # Where a run is kept is the grid's to say.
-    known = {"table_8", *(field.name for field in fields(Settings))} - set(PLACES)
+    known = ["table_8", *(f.name for f in fields(Settings) if f.name not in PLACES)]
     check_known(f"{file}: a run has no", names, known)
     given = [value for one in (same, *cases) for value in one.values()]
     for value in itertools.chain(given, *vary.values()):

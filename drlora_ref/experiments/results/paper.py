@@ -19,13 +19,13 @@ recomputes every line of this list):
 - Table 7: CoLA's 8551 training sentences are 8.6k, not 8.5k.
 """
 
-import difflib
 from functools import cache
 from pathlib import Path
 
 import pandas as pd
 import yaml
 
+from drlora_ref.experiments.given import check_name
 from drlora_ref.train import count_steps
 
 FILE = Path(__file__).with_name("paper.yaml")
@@ -36,13 +36,6 @@ TABLES = (2, 3, 4, 5, 6, 7, 8, 9)
 @cache
 def _paper() -> dict:
     return yaml.safe_load(FILE.read_text(encoding="utf-8"))
-
-
-def _check(kind: str, word, known) -> None:
-    if word not in known:
-        near = "".join(difflib.get_close_matches(str(word), map(str, known), n=1)) or "none"
-        allowed = ", ".join(map(str, known))
-        raise ValueError(f"unknown {kind} {word!r} (nearest: {near}): the paper has {allowed}")
 
 
 def settings(task: str, method: str, budget: str = "small") -> dict:
@@ -62,9 +55,9 @@ def settings(task: str, method: str, budget: str = "small") -> dict:
     (0.002, 0.15, 3, 2)
     """
     paper = _paper()
-    _check("task", task, paper["settings"])
-    _check("method", method, paper["sizes"])
-    _check("budget", budget, BUDGETS)
+    check_name("task of the paper", task, paper["settings"])
+    check_name("method of the paper", method, paper["sizes"])
+    check_name("budget", budget, BUDGETS)
     row = dict(paper["settings"][task])
     coefficient, deltaT = row.pop("coefficient"), row.pop("deltaT")
     model = "facebook/bart-base" if task == "xsum" else "roberta-base"
@@ -102,7 +95,7 @@ def steps(task: str, settings: dict) -> int:
     24075
     """
     sizes = _paper()["train_examples"]
-    _check("task", task, sizes)
+    check_name("task of the paper", task, sizes)
     return count_steps(
         settings.get("train_size") or sizes[task],
         settings["batch_size"],
@@ -123,7 +116,7 @@ def table(number: int) -> pd.DataFrame:
     >>> two[(two.method == "drlora") & (two.task == "cola")].value.tolist()  # large, small
     [65.35, 64.9]
     """
-    _check("table", number, TABLES)
+    check_name("table", number, TABLES)
     if number == 8:
         rows = pd.DataFrame.from_dict(_paper()["settings"], orient="index")
         return rows.rename_axis("task").reset_index()

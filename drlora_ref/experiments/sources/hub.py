@@ -1,10 +1,14 @@
 """Asking the hub, and saying soon and clearly when it cannot be reached."""
 
 import threading
+from collections.abc import Callable
+from typing import TypeVar
 
 import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError
+
+T = TypeVar("T")  # whatever is fetched
 
 NO_HUB = """{what} cannot be had: {reason}. Three ways out:
   1. local files: a model folder with config.json and model.safetensors; for data, GLUE_DIR,
@@ -37,8 +41,8 @@ def require_hub(what: str) -> None:
         raise ConnectionError(NO_HUB.format(what=what, reason=reason))
 
 
-def fetch_from_hub(what: str, fetch, *args, **kwargs):
-    """fetch(*args, **kwargs) with the hub's many errors put into one that says what to do.
+def fetch_from_hub(what: str, fetch: Callable[..., T], *args: object, **kwargs: object) -> T:
+    """fetch(*args, **kwargs), with one error in place of the hub's many, which says what to do.
 
     Under HF_HUB_OFFLINE=1 the library answers at once from its cache, so nothing is probed. Raises
     FileNotFoundError if the hub answers but has no such thing, else ConnectionError.

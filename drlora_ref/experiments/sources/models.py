@@ -1,10 +1,10 @@
 """Where models come from: one package, a local folder, the hub; and tiny random ones."""
 
-import difflib
 import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import getLogger
@@ -20,23 +20,24 @@ from transformers import (
     AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaModel,
 )
 from transformers.utils import logging as progress
 
+from drlora_ref.experiments.given import nearest
 from drlora_ref.experiments.sources.hub import fetch_from_hub
 from drlora_ref.experiments.sources.words import vocabulary
+from drlora_ref.inject import in_head
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")  # any one of these will do
 FILES = ["config.json", "model.safetensors", "tokenizer*", "merges.txt", "special*", *TOKENIZERS]
 
-# Parts of a model that its checkpoint may lack: heads, and the pooler that trains with a head.
-NEW = ("classif", "pooler", "qa_outputs")
-
-# Random models of two layers with a word for every word of the generated sets: they run anywhere.
+# Random models of two layers, whose tokenizers know every word of the generated sets.
 TINY = {
     "tiny-roberta": (RobertaModel, RobertaConfig, dict(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
@@ -50,7 +51,7 @@ TINY = {
 
 @dataclass(frozen=True)
 class ModelSource:
-    """An encoder on this disk. `source` and `sha256` (of its weights) belong in a record."""
+    """A model on this disk; `source` says where it came from, `sha256` is of its weights."""
 
     name: str
     path: str
@@ -80,8 +81,11 @@ def resolve_model(name: str) -> ModelSource:
         return _check_files(name, folder, f"local folder {name}")
     if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
         raise FileNotFoundError(f"model {name!r}: no such folder (it reads as a path, not a name)")
-    if near := difflib.get_close_matches(name.lower(), ["minilm-l6", *TINY]):
-        raise ValueError(f"unknown model {name!r}: did you mean {near[0]!r}?")
+    if near := nearest(name, ["minilm-l6", *TINY]):
+        own = ", ".join(["minilm-l6", *TINY])
+        raise ValueError(
+            f"unknown model {name!r} (nearest: {near}): use {own}, a folder, or a name on the hub"
+        )
     huggingface_hub.utils.validate_repo_id(name)
     what = f"model {name!r}"
     path = fetch_from_hub(what, huggingface_hub.snapshot_download, name, allow_patterns=FILES)
@@ -125,17 +129,21 @@ def _make_tiny(name: str) -> TemporaryDirectory:
     return folder
 
 
-def load_pretrained(source: ModelSource, auto_class, **settings) -> tuple:
-    """(model, tokenizer): the encoder under a new head of `auto_class`, float32.
+def load_pretrained(
+    source: ModelSource, auto_class: type, **settings: object
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """(the encoder under the head of `auto_class`, in float32; its tokenizer).
 
-    `settings` go into the model's configuration. The head comes from torch's generator: call
-    torch.manual_seed first. Raises ValueError where more than the head is missing, which
-    transformers would draw at random too, and for a model that has no such head.
+    `settings` go into the model's configuration. A head that the checkpoint lacks is drawn from
+    torch's generator: call torch.manual_seed first. Raises ValueError for a kind of model that has
+    no such head, and where more than the head (inject.in_head) is missing: transformers would draw
+    that at random too.
     """
     config = AutoConfig.from_pretrained(source.path, local_files_only=True)
+    # Private, but nothing public leads from an auto class to the models that it has a head for.
     if type(config) not in auto_class._model_mapping:
         kind = auto_class.__name__.removeprefix("AutoModelFor")
-        raise ValueError(f"{source.name} is a {config.model_type} model, of which none does {kind}")
+        raise ValueError(f"{source.name}: {config.model_type} models have no head for {kind}")
     with _quiet_loading():
         tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
         model, report = auto_class.from_pretrained(
@@ -146,14 +154,14 @@ def load_pretrained(source: ModelSource, auto_class, **settings) -> tuple:
             output_loading_info=True,
             **settings,
         )
-    lost = {key for key in report["missing_keys"] if not any(part in key for part in NEW)}
+    lost = {key for key in report["missing_keys"] if not in_head(key)}
     if lost := sorted(lost | {key for key, *_ in report["mismatched_keys"]}):
         raise ValueError(f"{source.source}: weights missing or of another shape: {lost}")
     return model, tokenizer
 
 
 @contextmanager
-def _quiet_loading():
+def _quiet_loading() -> Iterator[None]:
     """No progress bar, no report of what is new: `load_pretrained` reads that report itself."""
     logger, shown = getLogger("transformers.modeling_utils"), progress.is_progress_bar_enabled()
     logger.addFilter(keep := lambda record: "LOAD REPORT" not in record.getMessage())

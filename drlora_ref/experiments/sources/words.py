@@ -1,12 +1,11 @@
-"""Tiny made-up data sets in the formats of the real ones, from one closed vocabulary.
+"""The closed vocabulary of the generated data sets, and the sentences that all of them use.
 
-They let the very same code read, train and evaluate without a network; nothing can be learned about
-the method from them. Here: the vocabulary and GLUE's files. The other families write their own
-beside the code that reads them.
+A generated set is tiny and in the format of a real one, so that the same code reads it, trains on
+it and evaluates on it without a network. Nothing can be learned about the method from it. The files
+themselves are written in tasks/: GLUE's in glue_generated.py, the others beside what reads them.
 """
 
 import random
-from pathlib import Path
 
 NAMES = "Anna Ben Clara David Emma Felix Grace Henry Iris Jonas".split()
 CITIES = "Paris Rome Oslo Berlin Madrid Vienna Lisbon Prague Dublin Athens".split()
@@ -22,8 +21,6 @@ OTHERS = """
     his her their report reports market opened closed won late early morning evening were are be
     been will left right put take took into out under over boxes _
 """.split()
-
-TRAIN_ROWS, VALIDATION_ROWS = 64, 24
 
 
 def vocabulary() -> list[str]:
@@ -45,66 +42,3 @@ def other_fact(sentence: str, rng: random.Random) -> str:
     """The same sentence about somebody else."""
     first, rest = sentence.split(" ", 1)
     return f"{rng.choice([name for name in NAMES if name != first])} {rest}"
-
-
-def _cola(rng: random.Random, label: int) -> str:
-    words = fact(rng).split()
-    if not label:  # "the red box" is English, "red the box" is not
-        words[2], words[3] = words[3], words[2]
-    return f"gj04\t{label}\t{'' if label else '*'}\t{' '.join(words)} ."
-
-
-def _pair(rng: random.Random, same: bool) -> str:
-    first = fact(rng)
-    return f"{first} .\t{first if same else other_fact(first, rng)} ."
-
-
-def _mnli(rng: random.Random, label: int) -> str:
-    first = fact(rng)
-    thing = " ".join(first.split()[2:5])
-    second = [first, fact(rng), f"no {thing} was {first.split()[1]}"][label]
-    gold = ("entailment", "neutral", "contradiction")[label]
-    return f"0\t1\t1n\tfiction\t( )\t( )\t(R)\t(R)\t{first} .\t{second} .\t{gold}\t{gold}"
-
-
-def _qnli(rng: random.Random, label: int) -> str:
-    first = fact(rng)
-    asked = other_fact(first, rng) if label else first
-    verdict = ("entailment", "not_entailment")[label]
-    return f"0\tWhere did {asked.split()[0]} go ?\t{first} .\t{verdict}"
-
-
-# Folder, header line, number of classes, and a row of the raw file for a class.
-GLUE = {
-    "cola": ("CoLA", "", 2, _cola),
-    "sst2": ("SST-2", "sentence\tlabel", 2,
-             lambda rng, y: f"a {rng.choice((BAD, GOOD)[y])} film .\t{y}"),
-    "mrpc": ("MRPC", "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", 2,
-             lambda rng, y: f"{y}\t1\t2\t{_pair(rng, y == 1)}"),
-    "stsb": ("STS-B", "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\t"
-             "sentence2\tscore", 2,
-             lambda rng, y: f"0\tm\tf\t2012\t0\tn\tn\t{_pair(rng, y == 1)}\t{(1.0, 4.8)[y]}"),
-    "qqp": ("QQP", "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", 2,
-            lambda rng, y: f"1\t2\t3\t{_pair(rng, y == 1)}\t{y}"),
-    "mnli": ("MNLI", "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\t"
-             "sentence2_binary_parse\tsentence1_parse\tsentence2_parse\tsentence1\tsentence2\t"
-             "label1\tgold_label", 3, _mnli),
-    "qnli": ("QNLI", "index\tquestion\tsentence\tlabel", 2, _qnli),
-    "rte": ("RTE", "index\tsentence1\tsentence2\tlabel", 2,
-            lambda rng, y: f"0\t{_pair(rng, y == 0)}\t{('entailment', 'not_entailment')[y]}"),
-}  # fmt: skip
-
-
-def write_glue(task: str, folder: Path) -> None:
-    """The raw .tsv files of one GLUE task; the same in every process."""
-    name, header, classes, row = GLUE[task]
-    splits = {"train": TRAIN_ROWS}
-    for dev in ("dev_matched", "dev_mismatched") if task == "mnli" else ("dev",):
-        splits[dev] = VALIDATION_ROWS
-    (folder / name).mkdir(parents=True, exist_ok=True)
-    for split, size in splits.items():
-        rng = random.Random(f"{task} {split}")
-        lines = [row(rng, n % classes) for n in range(size)]
-        rng.shuffle(lines)
-        text = "\n".join([*([header] if header else []), *lines, ""])
-        (folder / name / f"{split}.tsv").write_text(text, encoding="utf-8")

@@ -1,11 +1,11 @@
 """Three tasks of everyday knowledge: BoolQ (arXiv 1905.10044), HellaSwag (1905.07830), WinoGrande
-(1907.10641). The paper has none of them; the other DoRA, the weight-decomposed one, is known by
+(1907.10641). The paper has none of them; the other DoRA, the weight-decomposed one, was shown on
 such tasks. There large models write the answer; here, as in GLUE, an encoder gets a new head.
 """
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -19,15 +19,19 @@ from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorForMultipleChoice,
     DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
-from drlora_ref.experiments.sources import words as generated
+from drlora_ref.experiments.given import check_name
+from drlora_ref.experiments.sources import words
 from drlora_ref.experiments.sources.hub import fetch_from_hub
 from drlora_ref.experiments.sources.models import ModelSource, load_pretrained
 from drlora_ref.experiments.tasks.data import (
+    TRAIN_ROWS,
+    VALIDATION_ROWS,
     Inputs,
     TaskData,
-    check_name,
     find_files,
     find_splits,
     read_json_lines,
@@ -39,8 +43,8 @@ OPTIONS = ("max_length", "eval_batch_size")
 
 
 @dataclass(frozen=True)
-class Task:
-    """One row of TASKS: names and keys are the same in the authors' files and on the hub."""
+class CommonsenseTask:
+    """One row of TASKS; the keys are the same in the authors' files and on the hub."""
 
     folder: str
     files: tuple[str, str]  # train, validation
@@ -71,15 +75,15 @@ def _winogrande_texts(row: dict) -> dict:
 
 
 TASKS = {
-    "boolq": Task("BoolQ", ("train.jsonl", "dev.jsonl"), ("google/boolq",),
-                  ("question", "passage"), _boolq_texts, "answer", ("False", "True")),
-    "hellaswag": Task("HellaSwag", ("hellaswag_train.jsonl", "hellaswag_val.jsonl"),
-                      ("Rowan/hellaswag",), ("ctx", "endings"), _hellaswag_texts, "label",
-                      ("0", "1", "2", "3")),
-    "winogrande": Task("WinoGrande", ("train_xl.jsonl", "dev.jsonl"),
-                       ("allenai/winogrande", "winogrande_xl"),
-                       ("sentence", "option1", "option2"), _winogrande_texts, "answer",
-                       ("1", "2")),
+    "boolq": CommonsenseTask(
+        "BoolQ", ("train.jsonl", "dev.jsonl"), ("google/boolq",),
+        ("question", "passage"), _boolq_texts, "answer", ("False", "True")),
+    "hellaswag": CommonsenseTask(
+        "HellaSwag", ("hellaswag_train.jsonl", "hellaswag_val.jsonl"), ("Rowan/hellaswag",),
+        ("ctx", "endings"), _hellaswag_texts, "label", ("0", "1", "2", "3")),
+    "winogrande": CommonsenseTask(
+        "WinoGrande", ("train_xl.jsonl", "dev.jsonl"), ("allenai/winogrande", "winogrande_xl"),
+        ("sentence", "option1", "option2"), _winogrande_texts, "answer", ("1", "2")),
 }  # fmt: skip
 
 
@@ -89,7 +93,7 @@ def metric_name(task: str) -> str:
     >>> metric_name("boolq")
     'accuracy'
     """
-    check_name(task, TASKS)
+    check_name("task", task, TASKS)
     return "accuracy"
 
 
@@ -104,7 +108,7 @@ def load_task(task: str, data_dir: str = "", train_size: int = 0, seed: int = 0)
     >>> load_task("winogrande", "generated").train.column_names
     ['context', 'endings', 'label']
     """
-    check_name(task, TASKS)
+    check_name("task", task, TASKS)
     places = (data_dir, "COMMONSENSE_DIR", _from_folder, _from_hub, write_commonsense)
     return task_data(task, *find_splits(task, *places), train_size, seed)
 
@@ -124,7 +128,7 @@ def _from_folder(task: str, folder: str) -> tuple[dict[str, Dataset], str]:
     return {"train": train, "validation": validation}, f"{entry.folder} folder {root}"
 
 
-def _dataset(raw, task: str, where) -> Dataset:
+def _dataset(raw: Iterable[dict], task: str, where: str | Path) -> Dataset:
     rows = []
     for number, row in enumerate(raw, 1):
         try:
@@ -134,7 +138,7 @@ def _dataset(raw, task: str, where) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def _checked(row: dict, entry: Task) -> dict:
+def _checked(row: dict, entry: CommonsenseTask) -> dict:
     for key in entry.keys:
         texts = row[key] if key == "endings" and isinstance(row[key], list) else [row[key]]
         if not all(isinstance(text, str) for text in texts):
@@ -146,11 +150,10 @@ def _checked(row: dict, entry: Task) -> dict:
 
 
 def write_commonsense(task: str, folder: Path) -> None:
-    """Generated files of one task: who did what, and whose name or colour is the right one."""
+    """Files as the authors distribute them, with generated rows: who did what, and with what."""
     entry, row = TASKS[task], {"boolq": _boolq, "hellaswag": _hellaswag, "winogrande": _winogrande}
     (folder / entry.folder).mkdir()
-    sizes = (generated.TRAIN_ROWS, generated.VALIDATION_ROWS)
-    for file, size in zip(entry.files, sizes, strict=True):
+    for file, size in zip(entry.files, (TRAIN_ROWS, VALIDATION_ROWS), strict=True):
         rng = random.Random(f"{task} {file}")
         rows = [row[task](rng, n % len(entry.labels)) for n in range(size)]
         text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -158,39 +161,47 @@ def write_commonsense(task: str, folder: Path) -> None:
 
 
 def _boolq(rng: random.Random, label: int) -> dict:
-    first = generated.fact(rng)
-    asked = first if label else generated.other_fact(first, rng)
-    passage = [first, *(generated.fact(rng) for _ in range(rng.randint(0, 3)))]
+    first = words.fact(rng)
+    asked = first if label else words.other_fact(first, rng)
+    passage = [first, *(words.fact(rng) for _ in range(rng.randint(0, 3)))]
     text = {"question": f"is it true that {asked}", "passage": " . ".join(passage)}
     return {**text, "title": "", "answer": bool(label)}
 
 
 def _hellaswag(rng: random.Random, label: int) -> dict:
-    first = generated.fact(rng)
+    first = words.fact(rng)
     _, _, _, colour, thing, *_ = first.split()
-    colours = rng.sample([c for c in generated.COLOURS if c != colour], 3)
+    colours = rng.sample([c for c in words.COLOURS if c != colour], 3)
     colours.insert(label, colour)
     context = {"ctx_a": f"{first} .", "ctx_b": "there was", "ctx": f"{first} . there was"}
     return {**context, "endings": [f"a {colour} {thing} ." for colour in colours], "label": label}
 
 
 def _winogrande(rng: random.Random, label: int) -> dict:
-    people, places = rng.sample(generated.NAMES, 2), rng.sample(generated.CITIES, 2)
+    people, places = rng.sample(words.NAMES, 2), rng.sample(words.CITIES, 2)
     went = " and ".join(f"{who} went to {where}" for who, where in zip(people, places, strict=True))
     options = {"option1": people[0], "option2": people[1], "answer": str(label + 1)}
     return {"sentence": f"{went} , so _ was in {places[label]} .", **options}
 
 
-def load_model(source: ModelSource, task: str) -> tuple:
-    """(model with a new head, float32; its tokenizer): BoolQ has two classes, else choices."""
-    check_name(task, TASKS)
+def load_model(source: ModelSource, task: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """(model with a new head, its tokenizer); raises what load_pretrained raises.
+
+    BoolQ's head has two classes; the others' gives each choice a score.
+    """
+    check_name("task", task, TASKS)
     if task == "boolq":
         settings = {"num_labels": 2, "problem_type": "single_label_classification"}
         return load_pretrained(source, AutoModelForSequenceClassification, **settings)
     return load_pretrained(source, AutoModelForMultipleChoice)
 
 
-def prepare(data: TaskData, tokenizer, max_length: int, eval_batch_size: int = 64) -> Inputs:
+def make_inputs(
+    data: TaskData,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    eval_batch_size: int = 64,
+) -> Inputs:
     """The task's rows as a training loop takes them; raises ValueError as `encode` does.
 
     Shapes of a batch's tensors: (batch, length), or (batch, choices, length).
@@ -209,12 +220,13 @@ def prepare(data: TaskData, tokenizer, max_length: int, eval_batch_size: int = 6
     return Inputs(encoded(data.train), collate, score)
 
 
-def encode(dataset: Dataset, tokenizer, max_length: int) -> Dataset:
-    """Token ids of each pair of texts, plus "labels"; a row of several endings has a list of each.
+def encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """Token ids of each pair of texts, plus "labels"; a row with choices has a list for each.
 
-    Choice: a passage loses its end; a context loses its beginning, since the ending goes on from
-    its last words. Questions and endings are never cut.
-    Raises ValueError where `max_length` exceeds what the model can read, or leaves no room.
+    Choice: a passage loses its end; a context loses its beginning, since the ending continues its
+    last words. Questions and endings are never cut.
+    Raises ValueError for a `max_length` above what the model can read, or too small for a question
+    or ending.
     """
     if not 0 < max_length <= tokenizer.model_max_length:
         raise ValueError(f"max_length = {max_length}: must be 1 to {tokenizer.model_max_length}")
@@ -225,13 +237,13 @@ def encode(dataset: Dataset, tokenizer, max_length: int) -> Dataset:
     return concatenate_datasets(parts)
 
 
-def _pairs(rows: dict, tokenizer, max_length: int) -> dict:
+def _pairs(rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict:
     _check_room("question", rows["question"], tokenizer, max_length)
     texts = rows["question"], rows["passage"]
     return tokenizer(*texts, truncation="only_second", max_length=max_length)
 
 
-def _choices(rows: dict, tokenizer, max_length: int) -> dict:
+def _choices(rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict:
     endings = [ending for choices in rows["endings"] for ending in choices]
     _check_room("ending", endings, tokenizer, max_length)
     n = len(rows["endings"][0])
@@ -243,7 +255,9 @@ def _choices(rows: dict, tokenizer, max_length: int) -> dict:
     return {name: [flat[i : i + n] for i in starts] for name, flat in tokens.items()}
 
 
-def _check_room(what: str, texts: list[str], tokenizer, max_length: int) -> None:
+def _check_room(
+    what: str, texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> None:
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     least = max(map(len, ids)) + tokenizer.num_special_tokens_to_add(pair=True) + 1
     if least > max_length:

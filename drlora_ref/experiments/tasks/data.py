@@ -1,12 +1,6 @@
-"""What all families of tasks share: where data comes from, and what a run is handed.
+"""What all families of tasks share: where data come from, and what a training loop gets of them."""
 
-A family is a module (tasks for GLUE, squad, xsum, commonsense) with the same few names: TASKS,
-OPTIONS, and the functions metric_name, load_task, load_model and prepare.
-"""
-
-import difflib
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Callable
@@ -15,11 +9,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-import torch
-from datasets import Dataset, concatenate_datasets
-from torch import Tensor
+from datasets import Dataset
+from torch import Tensor, nn
 
-GENERATED = "generated"  # the data_dir that means: a tiny set of the same format, made up
+GENERATED = "generated"  # the data_dir that means: make up a tiny set in the same format
+TRAIN_ROWS, VALIDATION_ROWS = 64, 24  # of a generated set
+
+Batch = dict[str, Tensor]
+Collate = Callable[[list[dict]], Batch]
 
 
 @dataclass(frozen=True)
@@ -36,51 +33,13 @@ class TaskData:
 class Inputs(NamedTuple):
     """What a training loop needs of a task.
 
-    `train` is a sequence of encoded rows, `collate` makes a batch of tensors from a list of them,
+    `train` holds encoded rows, `collate` makes a batch of tensors from a list of them, and
     `evaluate(model)` gives {"metric": float, "collapsed": bool, and any further metric by name}.
     """
 
     train: Dataset
-    collate: Callable[[list[dict]], dict]
-    evaluate: Callable[..., dict]
-
-
-class PaddedRows:
-    """Encoded rows of one or more readers, padded once: a batch is an index, not a loop over rows.
-
-    `rows[[3, 1], [0]]` is what collate makes of rows 3 and 1 of the first reader's set and row 0 of
-    the second's, padded to the longest of them. A set that several read is kept once, its ids in
-    32 bits. Raises ValueError for rows that are padded on the left.
-    """
-
-    def __init__(self, sets: list[Dataset], collate: Callable, at_a_time: int = 1000):
-        distinct = {id(one): one for one in sets}
-        starts = itertools.accumulate(map(len, distinct.values()), initial=0)
-        starts = dict(zip(distinct, starts, strict=False))
-        self.starts = [starts[id(one)] for one in sets]
-        rows = concatenate_datasets(list(distinct.values()))
-        self.lengths = torch.tensor([len(ids) for ids in rows["input_ids"][:]])
-        longest = rows[int(self.lengths.argmax())]
-        parts = []
-        for start in range(0, len(rows), at_a_time):
-            some = rows.select(range(start, min(start + at_a_time, len(rows)))).to_list()
-            # With the longest row beside them, all parts come out equally wide.
-            parts.append({n: t[:-1] for n, t in collate([*some, longest]).items()})
-        self.columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        if not self.columns["attention_mask"][:, 0].all():
-            raise ValueError("these rows are padded on the left: only padding on the right is cut")
-        for name, column in self.columns.items():
-            if column.dim() == 2:
-                self.columns[name] = column.int()
-
-    def __getitem__(self, numbers: tuple[list[int], ...]) -> dict[str, Tensor]:
-        own = zip(self.starts, numbers, strict=True)
-        chosen = torch.tensor([start + number for start, some in own for number in some])
-        width = int(self.lengths[chosen].max())
-        return {
-            name: column[chosen, :width].long() if column.dim() == 2 else column[chosen]
-            for name, column in self.columns.items()
-        }
+    collate: Collate
+    evaluate: Callable[[nn.Module], dict[str, float | bool]]
 
 
 def find_splits(
@@ -91,10 +50,13 @@ def find_splits(
     from_hub: Callable[[str], tuple[dict[str, Dataset], str]],
     generate: Callable[[str, Path], None],
 ) -> tuple[dict[str, Dataset], str]:
-    """({split: rows}, source) from the one place that was named; a source that fails is an error.
+    """({split: rows}, source) from the first of these places that is named.
 
-    `data_dir` is a folder in the original distribution's format, or "generated"; if it is empty,
-    the environment variable `variable` names the folder; if that is not set, the hub is asked.
+    1. `data_dir`: a folder in the original distribution's format, or "generated"
+    2. the folder that the environment variable `variable` names
+    3. the hub
+
+    A place that fails is an error: the next one is not tried. Raises what that place raises.
     """
     if data_dir == GENERATED:
         with TemporaryDirectory() as folder:
@@ -108,10 +70,11 @@ def find_splits(
 def task_data(
     task: str, splits: dict[str, Dataset], source: str, train_size: int = 0, seed: int = 0
 ) -> TaskData:
-    """TaskData of all splits but "train" as validation; train_size > 0 draws that many rows.
+    """The TaskData of these splits: "train", and all others as validation.
 
-    The fingerprint is of the whole data, whatever is drawn. Raises ValueError for a train_size
-    that is negative or larger than the training set.
+    A train_size above 0 draws that many training rows with `seed`; the fingerprint is of the whole
+    data, whatever is drawn. Raises ValueError for a train_size that is negative or larger than the
+    training set.
     """
     fingerprint = _fingerprint(splits)
     splits = dict(splits)
@@ -129,22 +92,12 @@ def _fingerprint(splits: dict[str, Dataset]) -> str:
     """A hash of all rows, in 16 digits; in pieces, since XSum as one text would take gigabytes."""
     digest = hashlib.sha256()
     for split, rows in splits.items():
-        # Without idx: the hub numbers MRPC's rows otherwise than the folder does.
+        # Without idx: the hub and the folder number MRPC's rows differently.
         rows = rows.remove_columns([c for c in rows.column_names if c == "idx"])
         digest.update(split.encode())
         for piece in rows.iter(1000):
             digest.update(repr(piece).encode())
     return digest.hexdigest()[:16]
-
-
-def check_name(task: str, known) -> None:
-    """Raise ValueError, with the nearest name and all of them, if `task` is none of `known`.
-
-    >>> check_name("cola", ["cola", "rte"])
-    """
-    if task not in known:
-        near = "".join(difflib.get_close_matches(str(task).lower(), known, n=1)) or "none"
-        raise ValueError(f"unknown task {task!r} (nearest: {near}): use {', '.join(known)}")
 
 
 def find_files(root: Path, names: list[str]) -> list[Path]:
@@ -175,8 +128,8 @@ def read_json_lines(path: Path, keys: list[str]) -> list[dict]:
     return rows
 
 
-def loss_weight(batch: dict[str, Tensor]) -> int:
-    """What the loss of a batch is a mean over: its examples, or for summaries their tokens.
+def loss_weight(batch: Batch) -> int:
+    """How many terms the loss of a batch is the mean of: its examples, or its summaries' tokens.
 
     >>> import torch
     >>> loss_weight({"labels": torch.tensor([[5, 7, -100], [8, -100, -100]])})
@@ -190,10 +143,11 @@ def loss_weight(batch: dict[str, Tensor]) -> int:
     return len(next(iter(batch.values())))
 
 
-def share(batch: dict[str, Tensor], rank: int, processes: int) -> tuple[dict[str, Tensor], int]:
-    """(every processes-th example from number `rank` on, and the loss weight of these).
+def share(batch: Batch, rank: int, processes: int) -> tuple[Batch, int]:
+    """(the part of a batch that process number `rank` trains on, its loss weight).
 
-    A process without any takes the first one with weight 0: all must go through the same motions.
+    Each process takes every processes-th example. One for which none is left takes the first
+    example with weight 0, since every process must take part in every exchange of gradients.
 
     >>> import torch
     >>> share({"labels": torch.arange(5)}, rank=1, processes=2)

@@ -1,4 +1,4 @@
-"""What the evaluations of all families share: modes, batches of like lengths, predictions."""
+"""What the evaluations of all families share: modes, batches of similar lengths, predictions."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,8 +6,11 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from datasets import Dataset
+from torch import nn
 
-SAME = 1e-5  # one and the same score, rounded in batches of other lengths, varies by about 1e-6
+from drlora_ref.experiments.tasks.data import Batch, Collate
+
+SAME = 1e-5  # scores this close are equal: padding to another length changes one by about 1e-6
 
 
 def check_positive(**settings: int) -> None:
@@ -21,10 +24,10 @@ def check_positive(**settings: int) -> None:
 
 
 @contextmanager
-def evaluation_mode(model):
-    """No dropout, no gradients; then each module's own mode again.
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout and no gradients; afterwards each module is in its own mode again.
 
-    How precise the forward pass is belongs to the training loop, which calls within its autocast.
+    The training loop decides how precise the forward pass is: it evaluates within its autocast.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -37,37 +40,37 @@ def evaluation_mode(model):
 
 
 def batches_by_length(
-    model, rows: Dataset, collate: Callable, batch_size: int
-) -> Iterator[tuple[np.ndarray, dict]]:
-    """(indices of some rows, their batch on the model's device), alike lengths together.
+    model: nn.Module, rows: Dataset, collate: Collate, batch_size: int
+) -> Iterator[tuple[np.ndarray, Batch]]:
+    """(indices of some rows, their batch on the model's device), rows of similar length together.
 
     Every row comes once. A multiple-choice row is as long as its longest choice.
     """
     device = next(model.parameters()).device
-    # No DataLoader: it would draw from the training's random numbers.
+    # No DataLoader: it would draw a random number, and training would then go on differently.
     order = np.argsort([_length(ids) for ids in rows["input_ids"][:]], kind="stable")
     for chosen in np.split(order, range(batch_size, len(order), batch_size)):
         batch = collate(rows.select(chosen).to_list())
         yield chosen, {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def _length(ids: list) -> int:
+def _length(ids: list[int] | list[list[int]]) -> int:
     return max(map(len, ids)) if ids and isinstance(ids[0], list) else len(ids)
 
 
 def evaluate_labels(
-    model,
+    model: nn.Module,
     encoded_validation: dict[str, Dataset],
-    metric: Callable[..., float],
-    collate: Callable,
+    metric: Callable[[np.ndarray, list], float],
+    collate: Collate,
     batch_size: int = 64,
-) -> dict:
-    """metric(predictions, labels), the mean of the validation splits, and whether `collapsed`.
+) -> dict[str, float | bool]:
+    """metric(predictions, labels), as the mean over the validation splits; whether it `collapsed`.
 
     Shapes: the model's logits (batch, classes or choices), or (batch, 1) for a score.
 
-    Collapsed: the model says the same of every row, or NaN of any; even an accuracy of 0.68
-    (MRPC's majority) is then a failed run. The model is left in the mode it was in, and no random
+    Collapsed: the model says the same of every row, or NaN of any. Such a run has failed, even with
+    an accuracy of 0.68 (MRPC's majority). Afterwards the model is in the mode it was in; no random
     number is drawn.
     """
     with evaluation_mode(model):
@@ -82,7 +85,7 @@ def evaluate_labels(
     return {"metric": float(np.mean(scores)), "collapsed": bool(np.ptp(pooled) < SAME)}
 
 
-def _predict(model, rows: Dataset, collate: Callable, batch_size: int) -> np.ndarray:
+def _predict(model: nn.Module, rows: Dataset, collate: Collate, batch_size: int) -> np.ndarray:
     predictions = np.empty(len(rows))
     for chosen, batch in batches_by_length(model, rows, collate, batch_size):
         del batch["labels"]

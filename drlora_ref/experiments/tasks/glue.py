@@ -8,20 +8,28 @@ from pathlib import Path
 import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
+from numpy.typing import ArrayLike
 from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, matthews_corrcoef
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from drlora_ref.experiments.given import check_name
 from drlora_ref.experiments.sources.hub import fetch_from_hub
 from drlora_ref.experiments.sources.models import ModelSource, load_pretrained
-from drlora_ref.experiments.sources.words import write_glue
-from drlora_ref.experiments.tasks.data import Inputs, TaskData, check_name, find_splits, task_data
+from drlora_ref.experiments.tasks.data import Collate, Inputs, TaskData, find_splits, task_data
 from drlora_ref.experiments.tasks.evaluation import SAME, check_positive, evaluate_labels
+from drlora_ref.experiments.tasks.glue_generated import write_glue
 from drlora_ref.experiments.tasks.grammar import grammar_sentences
 
 
 @dataclass(frozen=True)
-class Task:
+class GlueTask:
     """One row of TASKS: the hub's names, and what GLUE's raw files call the same things."""
 
     folder: str
@@ -36,27 +44,27 @@ class Task:
 ONE, TWO = {"sentence": "sentence"}, {"sentence1": "sentence1", "sentence2": "sentence2"}
 ACCEPTABLE, ENTAILS = ("unacceptable", "acceptable"), ("entailment", "not_entailment")
 TASKS = {
-    "cola": Task("CoLA", ONE, "label", ACCEPTABLE, "matthews",
-                 header=("source", "label", "star", "sentence")),
-    "sst2": Task("SST-2", ONE, "label", ("negative", "positive")),
-    "mrpc": Task("MRPC", {"sentence1": "#1 String", "sentence2": "#2 String"}, "Quality",
-                 ("not_equivalent", "equivalent")),
-    "stsb": Task("STS-B", TWO, "score", (), "pearson"),
-    "qqp": Task("QQP", {"question1": "question1", "question2": "question2"}, "is_duplicate",
-                ("not_duplicate", "duplicate")),
-    "mnli": Task("MNLI", {"premise": "sentence1", "hypothesis": "sentence2"}, "gold_label",
-                 ("entailment", "neutral", "contradiction"),
-                 validation=("validation_matched", "validation_mismatched")),
-    "qnli": Task("QNLI", {"question": "question", "sentence": "sentence"}, "label", ENTAILS),
-    "rte": Task("RTE", TWO, "label", ENTAILS),
-    "grammar": Task("", ONE, "label", ACCEPTABLE, "matthews"),
+    "cola": GlueTask("CoLA", ONE, "label", ACCEPTABLE, "matthews",
+                     header=("source", "label", "star", "sentence")),
+    "sst2": GlueTask("SST-2", ONE, "label", ("negative", "positive")),
+    "mrpc": GlueTask("MRPC", {"sentence1": "#1 String", "sentence2": "#2 String"}, "Quality",
+                     ("not_equivalent", "equivalent")),
+    "stsb": GlueTask("STS-B", TWO, "score", (), "pearson"),
+    "qqp": GlueTask("QQP", {"question1": "question1", "question2": "question2"}, "is_duplicate",
+                    ("not_duplicate", "duplicate")),
+    "mnli": GlueTask("MNLI", {"premise": "sentence1", "hypothesis": "sentence2"}, "gold_label",
+                     ("entailment", "neutral", "contradiction"),
+                     validation=("validation_matched", "validation_mismatched")),
+    "qnli": GlueTask("QNLI", {"question": "question", "sentence": "sentence"}, "label", ENTAILS),
+    "rte": GlueTask("RTE", TWO, "label", ENTAILS),
+    "grammar": GlueTask("", ONE, "label", ACCEPTABLE, "matthews"),
 }  # fmt: skip
-OPTIONS = ("max_length", "eval_batch_size")  # the settings that `prepare` takes
+OPTIONS = ("max_length", "eval_batch_size")  # the settings that `make_inputs` takes
 
 
-def get_task(task: str) -> Task:
-    """The row of TASKS; ValueError with the nearest name if there is none."""
-    check_name(task, TASKS)
+def get_task(task: str) -> GlueTask:
+    """The row of TASKS; raises ValueError, with the nearest name, if there is none."""
+    check_name("task", task, TASKS)
     return TASKS[task]
 
 
@@ -74,8 +82,8 @@ def load_task(task: str, data_dir: str = "", train_size: int = 0, seed: int = 0)
 
     The folder is `data_dir`, else the environment variable GLUE_DIR; the hub is asked only where
     neither is set, and a source that fails is an error. The data_dir "generated" makes up a tiny
-    set. Columns are the hub's in every case: text, label, idx. `train_size` > 0 takes that many
-    training rows at random, drawn with `seed`.
+    set. Wherever they come from, the columns are the hub's: text, label, idx. A `train_size` above
+    0 takes that many training rows at random, drawn with `seed`.
     Raises ValueError (a wrong argument, column or label), FileNotFoundError, ConnectionError.
 
     >>> load_task("grammar", train_size=50).train.num_rows
@@ -120,7 +128,7 @@ def _from_folder(task: str, folder: str) -> tuple[dict[str, Dataset], str]:
 
 
 def _read_tsv(path: Path, task: str) -> tuple[Dataset, int]:
-    # GLUE's files quote nothing: a lone " and the words NA and null are text. So split, no parser.
+    # No csv parser: GLUE's files quote nothing, so a lone " and the words NA and null are text.
     lines = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
     found = lines[0].split("\t")
     header = TASKS[task].header[: len(found)] or tuple(found)
@@ -131,7 +139,7 @@ def _read_tsv(path: Path, task: str) -> tuple[Dataset, int]:
     rows, skip = [], 0 if TASKS[task].header else 1
     for idx, line in enumerate(lines[skip:]):
         fields = line.split("\t")
-        # A row that ends early (QQP has some) goes, as on the hub, and the others keep their idx.
+        # As on the hub, a row that ends early (QQP has some) is dropped; the others keep their idx.
         if len(fields) > max(places) and fields[places[-1]]:
             *text, label = (fields[place] for place in places)
             rows.append((*text, _label(label, task, f"{path}, line {idx + skip + 1}"), idx))
@@ -160,8 +168,8 @@ def _dataset(task: str, rows: list[tuple]) -> Dataset:
     return Dataset.from_dict(dict(zip(features, columns, strict=True)), features=features)
 
 
-def load_model(source: ModelSource, task: str) -> tuple:
-    """(model with a new head for `task`, float32; its tokenizer), as load_pretrained does it."""
+def load_model(source: ModelSource, task: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """(model with a new head for `task`, its tokenizer); raises what load_pretrained raises."""
     labels = dict(enumerate(get_task(task).labels or ("score",)))
     return load_pretrained(
         source,
@@ -172,8 +180,16 @@ def load_model(source: ModelSource, task: str) -> tuple:
     )
 
 
-def prepare(data: TaskData, tokenizer, max_length: int, eval_batch_size: int = 64) -> Inputs:
-    """The task's rows as a training loop takes them; raises ValueError as `encode` does."""
+def make_inputs(
+    data: TaskData,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    eval_batch_size: int = 64,
+) -> Inputs:
+    """The task's rows as a training loop takes them; raises ValueError as `encode` does.
+
+    Shapes of a batch: input_ids and attention_mask (batch, length), labels (batch,).
+    """
     check_positive(eval_batch_size=eval_batch_size)
     encoded = partial(encode, tokenizer=tokenizer, task=data.task, max_length=max_length)
     validation = {split: encoded(rows) for split, rows in data.validation.items()}
@@ -188,10 +204,12 @@ def prepare(data: TaskData, tokenizer, max_length: int, eval_batch_size: int = 6
     return Inputs(encoded(data.train), collate, score)
 
 
-def encode(dataset: Dataset, tokenizer, task: str, max_length: int) -> Dataset:
+def encode(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, task: str, max_length: int
+) -> Dataset:
     """Token ids of one or two text columns, cut to `max_length` and not padded, plus "labels".
 
-    Raises ValueError where `max_length` exceeds what the tokenizer's model can read.
+    Raises ValueError for a `max_length` below 1 or above what the tokenizer's model can read.
     """
     if not 0 < max_length <= tokenizer.model_max_length:
         raise ValueError(f"max_length = {max_length}: must be 1 to {tokenizer.model_max_length}")
@@ -203,13 +221,13 @@ def encode(dataset: Dataset, tokenizer, task: str, max_length: int) -> Dataset:
     return concatenate_datasets(parts)
 
 
-def metric(task: str, predictions, labels) -> float:
+def metric(task: str, predictions: ArrayLike, labels: ArrayLike) -> float:
     """The paper's metric as a fraction: Matthews (CoLA), Pearson (STS-B), accuracy (the others).
 
     Shapes: predictions and labels (n,): class numbers, or STS-B's scores.
 
-    Choice: 0.0, not NaN, where Pearson is undefined (predictions or labels all equal; Matthews is
-    0.0 there by convention) and where a prediction is NaN. The paper is silent.
+    Choice: 0.0, not NaN, where a prediction is NaN and where Pearson is undefined (predictions or
+    labels all equal; Matthews is 0.0 there by convention). The paper is silent.
 
     >>> round(metric("cola", predictions=[0, 1, 1, 1], labels=[0, 1, 0, 1]), 4)
     0.5774
@@ -224,7 +242,13 @@ def metric(task: str, predictions, labels) -> float:
     return float(score(labels, predictions.astype(int)))
 
 
-def evaluate(model, encoded_validation, task: str, collate, batch_size: int = 64) -> dict:
+def evaluate(
+    model: nn.Module,
+    encoded_validation: dict[str, Dataset],
+    task: str,
+    collate: Collate,
+    batch_size: int = 64,
+) -> dict[str, float | bool]:
     """`metric` of `task` on its encoded validation splits, as evaluate_labels does it."""
     score = partial(metric, task)
     return evaluate_labels(model, encoded_validation, score, collate, batch_size)

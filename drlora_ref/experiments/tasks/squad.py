@@ -1,7 +1,7 @@
 """SQuAD 1.1 (arXiv 1606.05250) and 2.0 (1806.03822): the answer is a span of a Wikipedia paragraph.
 
-In 2.0 half of the dev set's questions have no answer. Here: where the questions come from.
-squad_windows makes a model's input of them, squad_answers makes answers of its output.
+In 2.0 half of the dev set's questions have no answer. This file finds the questions,
+squad_windows makes a model's input of them, and squad_answers makes answers of its output.
 """
 
 import json
@@ -12,23 +12,22 @@ from pathlib import Path
 
 import datasets
 from datasets import Dataset, Features, List, Value
-from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding
+from transformers import (
+    AutoModelForQuestionAnswering,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from drlora_ref.experiments.given import check_name
 from drlora_ref.experiments.sources.hub import fetch_from_hub
 from drlora_ref.experiments.sources.models import ModelSource, load_pretrained
-from drlora_ref.experiments.sources.words import (
-    CITIES,
-    COLOURS,
-    NAMES,
-    THINGS,
+from drlora_ref.experiments.sources.words import CITIES, COLOURS, NAMES, THINGS, VERBS
+from drlora_ref.experiments.tasks.data import (
     TRAIN_ROWS,
     VALIDATION_ROWS,
-    VERBS,
-)
-from drlora_ref.experiments.tasks.data import (
     Inputs,
     TaskData,
-    check_name,
     find_files,
     find_splits,
     task_data,
@@ -39,7 +38,7 @@ from drlora_ref.experiments.tasks.squad_windows import NO_ANSWER, encode, encode
 
 
 @dataclass(frozen=True)
-class Task:
+class SquadTask:
     """One row of TASKS."""
 
     version: str  # in the names of the original files
@@ -48,10 +47,10 @@ class Task:
 
 
 TASKS = {
-    "squad_v1": Task("v1.1", "rajpurkar/squad", unanswerable=False),
-    "squad_v2": Task("v2.0", "rajpurkar/squad_v2", unanswerable=True),
+    "squad_v1": SquadTask("v1.1", "rajpurkar/squad", unanswerable=False),
+    "squad_v2": SquadTask("v2.0", "rajpurkar/squad_v2", unanswerable=True),
 }
-OPTIONS = ("max_length", "stride", "eval_batch_size")  # the settings that `prepare` takes
+OPTIONS = ("max_length", "stride", "eval_batch_size")  # the settings that `make_inputs` takes
 
 COLUMNS = Features({
     **{name: Value("string") for name in ("id", "title", "context", "question")},
@@ -61,12 +60,12 @@ LAYOUT = "data > paragraphs (context) > qas (id, question, answers (text, answer
 
 
 def metric_name(task: str) -> str:
-    """F1, by which runs are compared; `evaluate` gives the exact match as well, as Table 3 does.
+    """F1, by which runs are compared; squad_answers.evaluate gives the exact match as well.
 
     >>> metric_name("squad_v2")
     'f1'
     """
-    check_name(task, TASKS)
+    check_name("task", task, TASKS)
     return "f1"
 
 
@@ -81,7 +80,7 @@ def load_task(task: str, data_dir: str = "", train_size: int = 0, seed: int = 0)
     >>> load_task("squad_v1", "generated").train["answers"][0]
     {'text': ['the white lamp'], 'answer_start': [11]}
     """
-    check_name(task, TASKS)
+    check_name("task", task, TASKS)
     found = find_splits(task, data_dir, "SQUAD_DIR", _from_folder, _from_hub, generate=write_squad)
     return task_data(task, *found, train_size, seed)
 
@@ -135,7 +134,7 @@ def _check_answers(questions: Dataset, task: str, where: str) -> None:
             raise ValueError(f"{where}: null in question {row['id']}; every value must be there")
         if not (texts or TASKS[task].unanswerable):
             raise ValueError(
-                f"{where}: question {row['id']} has no answer, as only squad_v2 allows"
+                f"{where}: question {row['id']} has no answer; only squad_v2 allows that"
             )
         for text, start in zip(texts, starts, strict=True):
             held = row["context"][max(start, 0) : start + len(text)]
@@ -149,7 +148,7 @@ def _check_answers(questions: Dataset, task: str, where: str) -> None:
 
 
 def write_squad(task: str, folder: Path) -> None:
-    """Generated questions, in files of the original format, on paragraphs of two to nine facts."""
+    """Files in the original format, with generated questions on paragraphs of two to nine facts."""
     version, unanswerable = TASKS[task].version, TASKS[task].unanswerable
     for split, size in {"train": TRAIN_ROWS, "dev": VALIDATION_ROWS}.items():
         rng = random.Random(f"{task} {split}")
@@ -186,24 +185,32 @@ def _paragraph(name: str, rng: random.Random, unanswerable: bool) -> dict:
     return {"context": context, "qas": qas}
 
 
-def load_model(source: ModelSource, task: str) -> tuple:
-    """(model with a new head for start and end, float32; its tokenizer), as load_pretrained does.
+def load_model(source: ModelSource, task: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """(model with a new head for start and end, its tokenizer).
 
-    Raises ValueError if the tokenizer's first token is not the one that stands for a whole text.
+    Raises what load_pretrained raises, and ValueError if an encoded text does not begin with the
+    CLS token, whose position stands for "no answer".
     """
-    check_name(task, TASKS)
+    check_name("task", task, TASKS)
     model, tokenizer = load_pretrained(source, AutoModelForQuestionAnswering)
     if tokenizer("a")["input_ids"][NO_ANSWER] != tokenizer.cls_token_id:
-        raise ValueError(f"{source.name}: no answer needs a tokenizer that begins with a CLS token")
+        raise ValueError(f"{source.name}: SQuAD needs a tokenizer that begins with a CLS token")
     return model, tokenizer
 
 
-def prepare(
-    data: TaskData, tokenizer, max_length: int, stride: int = 128, eval_batch_size: int = 64
+def make_inputs(
+    data: TaskData,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    stride: int = 128,
+    eval_batch_size: int = 64,
 ) -> Inputs:
     """The task's windows as a training loop takes them; raises ValueError as iterate_windows does.
 
-    `train` has a row for each window, so it is longer than `data.train`, which has questions.
+    `train` has a row for each window, so it may be longer than `data.train`, which has a row for
+    each question.
+    Shapes of a batch: input_ids and attention_mask (batch, length), start_positions and
+    end_positions (batch,).
     """
     check_positive(eval_batch_size=eval_batch_size)
     questions = data.validation["validation"]

@@ -1,35 +1,44 @@
 """From start and end logits to answers, and from answers to exact match and F1."""
 
+import re
+import string
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from datasets import Dataset
-from torch import Tensor
-from torchmetrics.functional.text.squad import _normalize_text, squad
+from torch import Tensor, nn
+from torchmetrics.functional.text.squad import squad
 
+from drlora_ref.experiments.tasks.data import Collate
 from drlora_ref.experiments.tasks.evaluation import batches_by_length, evaluation_mode
 from drlora_ref.experiments.tasks.squad_windows import NO_ANSWER, Windows
 
-N_BEST, LONGEST = 20, 30  # starts and ends that are tried in a window; tokens of an answer
+N_BEST = 20  # starts, and ends, that are tried in a window
+LONGEST = 30  # tokens of an answer
 
 
 class Spans(NamedTuple):
-    """The best answer within each window: all of shape (windows,), first and last are tokens."""
+    """The best answer within each window, and the score of none; all of shape (windows,)."""
 
     score: np.ndarray
-    first: np.ndarray
-    last: np.ndarray
+    first: np.ndarray  # token
+    last: np.ndarray  # token
     no_answer: np.ndarray
 
 
 def evaluate(
-    model, windows: Windows, questions: Dataset, unanswerable: bool, collate, batch_size: int = 64
-) -> dict:
+    model: nn.Module,
+    windows: Windows,
+    questions: Dataset,
+    unanswerable: bool,
+    collate: Collate,
+    batch_size: int = 64,
+) -> dict[str, float | bool]:
     """F1 (which is the "metric") and exact match of the model's answers; whether they `collapsed`.
 
-    Collapsed: the same text for every question (none at all counts as a text), or a logit that is
-    not finite. The model is left in the mode it was in, and no random number is drawn.
+    Collapsed: the same text for every question (no answer counts as a text), or a logit that is
+    not finite. Afterwards the model is in the mode it was in; no random number is drawn.
     """
     spans = predict_spans(model, windows, collate, batch_size)
     if not np.isfinite(spans.no_answer).all():
@@ -40,7 +49,7 @@ def evaluate(
     return scores | {"collapsed": len(set(answers)) == 1}
 
 
-def predict_spans(model, windows: Windows, collate, batch_size: int) -> Spans:
+def predict_spans(model: nn.Module, windows: Windows, collate: Collate, batch_size: int) -> Spans:
     """What the model says of each window; `no_answer` is NaN where a logit is not finite."""
     spans = Spans(*(np.zeros(len(windows.tokens), kind) for kind in ("f4", "i8", "i8", "f4")))
     with evaluation_mode(model):
@@ -62,8 +71,9 @@ def best_spans(
     """(score, first token, last token) of the best span of each window: start + end logit.
 
     A span lies in the context, does not end before it starts, and is at most 30 tokens long. The
-    `n_best` starts are tried with the `n_best` ends, all pairs in one addition: a short cut, which
-    misses a best span whose start or end is not among them.
+    `n_best` starts are tried with the `n_best` ends, all pairs in one addition.
+
+    Read with care: this is a short cut. It misses a best span whose start or end is not among them.
 
     Shapes: three times (windows, tokens) -> three times (windows,). The score is -inf, and the
     tokens mean nothing, where no pair is such a span.
@@ -90,8 +100,8 @@ def choose_answers(
 ) -> list[str]:
     """One text for each question: the best span of all its windows, or "" for no answer.
 
-    If questions may be `unanswerable`, the span must score at least as much as no answer does. Of
-    that score the minimum over the windows counts: an answer in one of them is an answer.
+    If questions may be `unanswerable`, the span must score at least as much as "no answer", whose
+    score is its minimum over the windows: an answer in one of them is an answer.
 
     Choice: the threshold between the two is 0. Picking the best one on the dev set, as the official
     script also does, would flatter every method there; the paper does not say.
@@ -120,9 +130,15 @@ def score_answers(answers: list[str], golds: list[list[str]]) -> tuple[float, fl
     >>> score_answers(["the red box", "Rome", ""], [["Box!"], [], []])  # 0, 0, 1 and 2/3, 0, 1
     (0.3333..., 0.5555...)
     """
-    counted = [[text for text in texts if _normalize_text(text)] or [""] for texts in golds]
+    counted = [[text for text in texts if _has_words(text)] or [""] for texts in golds]
     found = squad(
         [{"id": str(n), "prediction_text": text} for n, text in enumerate(answers)],
         [{"id": str(n), "answers": {"text": texts}} for n, texts in enumerate(counted)],
     )
     return found["exact_match"].item() / 100, found["f1"].item() / 100
+
+
+def _has_words(text: str) -> bool:
+    """Whether anything is left of a text without punctuation and articles."""
+    bare = "".join(letter for letter in text if letter not in string.punctuation)
+    return bool(re.sub(r"\b(a|an|the)\b", "", bare.lower()).strip())

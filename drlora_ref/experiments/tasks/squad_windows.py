@@ -5,9 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
+from tokenizers import Encoding
+from transformers import PreTrainedTokenizerBase
 
 QUESTION_LENGTH = 64  # tokens; what is longer is cut
-CHUNK = 1_000  # questions that are encoded at a time: all at once would take several GB
+CHUNK = 1_000  # questions that are encoded at a time; all at once would take several GB
 NO_ANSWER = 0  # the position of the tokenizer's first token, <s> or [CLS], means "no answer here"
 
 
@@ -24,17 +26,21 @@ class Windows(NamedTuple):
     offsets: np.ndarray
 
 
-def encode(questions: Dataset, tokenizer, max_length: int, stride: int) -> Windows:
+def encode(
+    questions: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int
+) -> Windows:
     """All windows of these questions, as `iterate_windows` makes them."""
     parts = iterate_windows(questions, tokenizer, max_length, stride)
     tokens, question, offsets = zip(*parts, strict=True)
     return Windows(concatenate_datasets(tokens), np.concatenate(question), np.concatenate(offsets))
 
 
-def encode_train(questions: Dataset, tokenizer, max_length: int, stride: int) -> Dataset:
+def encode_train(
+    questions: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int
+) -> Dataset:
     """The tokens of all windows, with "start_positions" and "end_positions" of the answer.
 
-    Choice: a window without the whole answer points to <s> or [CLS], in both versions, as is usual.
+    Choice: as is usual, a window without the whole answer points to <s> or [CLS], in both versions.
     Of several answers to a training question the first counts; the original sets have one at most.
     """
     characters, parts = answer_characters(questions), []
@@ -46,9 +52,11 @@ def encode_train(questions: Dataset, tokenizer, max_length: int, stride: int) ->
 
 
 def iterate_windows(
-    questions: Dataset, tokenizer, max_length: int, stride: int
+    questions: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int
 ) -> Iterator[Windows]:
-    """Question, then context, at most `max_length` tokens and not padded, some questions at a time.
+    """Windows of question, then context: at most `max_length` tokens, not padded.
+
+    They come CHUNK questions at a time.
 
     Read with care: `stride` is what two neighbouring windows have in common, in tokens of the
     context. BERT's authors gave that name to the distance between them.
@@ -88,7 +96,7 @@ def iterate_windows(
         yield Windows(Dataset.from_dict(dict(tokens)), question, offsets)
 
 
-def cut_questions(questions: Dataset, tokenizer) -> tuple[list[str], int]:
+def cut_questions(questions: Dataset, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], int]:
     """(the questions, each cut to 64 tokens; how many tokens the longest of them takes)."""
     cut, longest = [], 0
     for rows in questions.iter(CHUNK):
@@ -105,7 +113,7 @@ def cut_questions(questions: Dataset, tokenizer) -> tuple[list[str], int]:
     return cut, longest
 
 
-def context_offsets(encodings: list, max_length: int) -> np.ndarray:
+def context_offsets(encodings: list[Encoding], max_length: int) -> np.ndarray:
     """`offsets` of Windows, from the encodings of a fast tokenizer."""
     offsets = np.full((len(encodings), max_length, 2), -1, np.int32)
     for held, encoding in zip(offsets, encodings, strict=True):
@@ -115,9 +123,9 @@ def context_offsets(encodings: list, max_length: int) -> np.ndarray:
 
 
 def answer_characters(questions: Dataset) -> np.ndarray:
-    """(questions, 2): where the first answer begins and ends in the context; -1 if there is none.
+    """Where in the context each question's first answer begins and ends; -1 if it has none.
 
-    Without blanks at its ends, which may belong to no token.
+    Blanks at its ends do not count, since they may belong to no token. Shape: (questions, 2)
     """
     characters = np.full((len(questions), 2), -1)
     for held, answers in zip(characters, questions["answers"][:], strict=True):
@@ -128,10 +136,10 @@ def answer_characters(questions: Dataset) -> np.ndarray:
 
 
 def locate(offsets: np.ndarray, characters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(first, last) token of each window's answer; 0 and 0 where not the whole of it is there.
+    """(first, last) token of each window's answer; 0 and 0 where the window lacks a part of it.
 
-    An answer may be part of a token (the 7 of 1817 is one of SQuAD's): every token counts that
-    holds a character of it.
+    An answer may be part of a token (the 7 of 1817 is one of SQuAD's), so every token that holds a
+    character of it counts.
 
     Shapes: offsets (windows, tokens, 2) as in Windows, characters (windows, 2) -> two (windows,)
 

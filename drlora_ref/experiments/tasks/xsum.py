@@ -9,15 +9,24 @@ from pathlib import Path
 import datasets
 from datasets import Dataset, concatenate_datasets
 from torchmetrics.functional.text.rouge import rouge_score
-from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, GenerationConfig
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    DataCollatorForSeq2Seq,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from drlora_ref.experiments.sources import words as generated
+from drlora_ref.experiments.given import check_name
+from drlora_ref.experiments.sources import words
 from drlora_ref.experiments.sources.hub import fetch_from_hub
 from drlora_ref.experiments.sources.models import ModelSource, load_pretrained
 from drlora_ref.experiments.tasks.data import (
+    TRAIN_ROWS,
+    VALIDATION_ROWS,
+    Collate,
     Inputs,
     TaskData,
-    check_name,
     find_files,
     find_splits,
     task_data,
@@ -49,7 +58,7 @@ def metric_name(task: str) -> str:
     >>> metric_name("xsum")
     'rougeL'
     """
-    check_name(task, TASKS)
+    check_name("task", task, TASKS)
     return TASKS[task]
 
 
@@ -65,7 +74,7 @@ def load_task(task: str, data_dir: str = "", train_size: int = 0, seed: int = 0)
     >>> load_task("xsum", "generated").train.column_names
     ['document', 'summary', 'id']
     """
-    check_name(task, TASKS)
+    check_name("task", task, TASKS)
     found = find_splits(task, data_dir, "XSUM_DIR", _from_folder, _from_hub, generate=write_xsum)
     return task_data(task, *found, train_size, seed)
 
@@ -129,8 +138,8 @@ def _without_empty(splits: dict[str, Dataset], source: str) -> tuple[dict[str, D
 
 
 def write_xsum(task: str, folder: Path) -> None:
-    """Generated articles in the files that the authors distribute: who did what, and other news."""
-    sizes = {"train": generated.TRAIN_ROWS, "validation": generated.VALIDATION_ROWS}
+    """Files as the authors distribute them, with generated articles: who did what."""
+    sizes = {"train": TRAIN_ROWS, "validation": VALIDATION_ROWS}
     ids = {split: [f"{split}{n}" for n in range(size)] for split, size in sizes.items()}
     (folder / SPLIT_FILE).write_text(json.dumps({**ids, "test": []}), encoding="utf-8")
     (folder / ARTICLES).mkdir()
@@ -141,29 +150,36 @@ def write_xsum(task: str, folder: Path) -> None:
 
 
 def _article(rng: random.Random) -> str:
-    news = generated.fact(rng)
+    news = words.fact(rng)
     who, did, _, _, thing, *_ = news.split()
-    body = [news, generated.other_fact(news, rng)]
-    body += [generated.fact(rng) for _ in range(rng.randint(1, 4))]
+    body = [news, words.other_fact(news, rng)]
+    body += [words.fact(rng) for _ in range(rng.randint(1, 4))]
     document = "".join(f"{sentence} .\n" for sentence in body)
     first = f"[SN]FIRST-SENTENCE[SN]\n{who} {did} a {thing} ."
     return f"{first}\n\n[SN]RESTBODY[SN]\nShare this with\n{document}"
 
 
-def load_model(source: ModelSource, task: str) -> tuple:
-    """(a sequence-to-sequence model, float32; its tokenizer), as load_pretrained does it."""
-    check_name(task, TASKS)
+def load_model(source: ModelSource, task: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """(a sequence-to-sequence model, its tokenizer); raises what load_pretrained raises."""
+    check_name("task", task, TASKS)
     model, tokenizer = load_pretrained(source, AutoModelForSeq2SeqLM)
-    # A tokenizer saved without its limit gives 1e30; the table of positions is a limit as well.
+    # A tokenizer that was saved without its limit says 1e30, but the positions are limited too.
     positions = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     return model, tokenizer
 
 
-def prepare(
-    data: TaskData, tokenizer, max_length: int, summary_length=64, num_beams=3, eval_batch_size=64
+def make_inputs(
+    data: TaskData,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    summary_length: int = 64,
+    num_beams: int = 3,
+    eval_batch_size: int = 64,
 ) -> Inputs:
     """Articles and summaries as a training loop takes them; lengths are in tokens.
+
+    Shapes of a batch: input_ids and attention_mask (batch, length), labels (batch, summary length).
 
     Raises ValueError for a setting below 1 or a length beyond what the model can read.
     """
@@ -183,10 +199,13 @@ def prepare(
     return Inputs(encode(data.train, tokenizer, **lengths), collate, score)
 
 
-def encode(dataset: Dataset, tokenizer, max_length: int, summary_length: int) -> Dataset:
+def encode(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, summary_length: int
+) -> Dataset:
     """Token ids of the documents ("input_ids") and summaries ("labels"), each cut to its length.
 
     The model itself makes the decoder's input, by shifting the labels one place to the right.
+    Raises ValueError for a length below 1 or above what the model can read.
     """
     for name, length in {"max_length": max_length, "summary_length": summary_length}.items():
         if not 0 < length <= tokenizer.model_max_length:
@@ -202,11 +221,11 @@ def encode(dataset: Dataset, tokenizer, max_length: int, summary_length: int) ->
 
 
 def beam_search(num_beams: int, summary_length: int) -> GenerationConfig:
-    """How summaries are written; only the ids of special tokens are left to the model's own files.
+    """How summaries are written; of the model's own files only the ids of special tokens count.
 
     Choice: beam 3 and 64 tokens are the paper's; it is silent on the rest. As in BART's own
-    configuration no trigram comes twice and the search ends once `num_beams` summaries have ended.
-    They are ranked by mean log-probability (length_penalty 1), and none is too short.
+    configuration no trigram comes twice, and the search ends once `num_beams` summaries have ended.
+    They are ranked by mean log-probability (length_penalty 1) and may be as short as they like.
     """
     return GenerationConfig(
         num_beams=num_beams,
@@ -220,12 +239,18 @@ def beam_search(num_beams: int, summary_length: int) -> GenerationConfig:
 
 
 def evaluate(
-    model, encoded: Dataset, references: list[str], tokenizer, collate, batch_size: int, generation
-) -> dict:
+    model: PreTrainedModel,
+    encoded: Dataset,
+    references: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    collate: Collate,
+    batch_size: int,
+    generation: GenerationConfig,
+) -> dict[str, float | bool]:
     """ROUGE of generated against reference summaries; "metric" is the one of `metric_name`.
 
-    Collapsed: one and the same summary (or none) for every document. The model is left in the mode
-    it was in, and no random number is drawn.
+    Collapsed: one and the same summary (or none) for every document. Afterwards the model is in the
+    mode it was in; no random number is drawn.
     """
     summaries = [""] * len(encoded)
     with evaluation_mode(model):
