@@ -9,7 +9,7 @@ from drlora_ref.layer import DynamicLoRALinear, dynamic_layers
 
 
 class BaseModel(NamedTuple):
-    """What the package knows of one kind of transformer. To add a kind, add an entry to BASE_MODELS.
+    """What the package knows of one kind of transformer; a new kind is a new entry in BASE_MODELS.
 
     matrices: what is adapted in each layer, {end of the module's dotted name: the label of the
     paper's Figure 2}. cross_attention: the same for a decoder's, adapted only if asked for.

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import nbformat
 import yaml
 
-from drlora_ref.experiments.grids import processes as jobs
+from drlora_ref.experiments.grids import processes
 from drlora_ref.experiments.run.one_run import code_hash
 
 PARAMETERS = """
@@ -61,7 +61,7 @@ def write_grid(text: str | None = None, **grid) -> str:
     return "grid.yaml"
 
 
-def pretend(monkeypatch, fails=(), writes=True, **fields) -> list[jobs.Task]:
+def pretend(monkeypatch, fails=(), writes=True, **fields) -> list[processes.WorkItem]:
     """Let jobs write their record at once, or fail for some seeds; returns those started."""
     started = []
 
@@ -79,7 +79,7 @@ def pretend(monkeypatch, fails=(), writes=True, **fields) -> list[jobs.Task]:
             paths = SimpleNamespace(result_pickle=log, stderr=log)
             yield number, SimpleNamespace(paths=paths, exception=lambda e=error: e or None)
 
-    monkeypatch.setattr(jobs, "starter", lambda *given: start)
+    monkeypatch.setattr(processes, "starter", lambda *given: start)
     return started
 
 

@@ -19,10 +19,10 @@ import submitit
 from fake_grid import files, pretend, write_grid, write_notebook
 
 from drlora_ref.experiments.__main__ import main
-from drlora_ref.experiments.grids import processes as jobs
+from drlora_ref.experiments.grids import processes
 from drlora_ref.experiments.grids.grid import run_grid
-from drlora_ref.experiments.grids.plans import Run, pack, plan, read_grid
-from drlora_ref.experiments.results import summaries as results
+from drlora_ref.experiments.grids.plans import PlannedRun, pack, plan, read_grid
+from drlora_ref.experiments.results import summaries
 from drlora_ref.experiments.run.one_run import claim, code_hash
 from drlora_ref.experiments.run.records import read_record
 from drlora_ref.experiments.run.settings import Settings
@@ -198,22 +198,24 @@ def test_never_more_jobs_at_once_than_workers_and_each_worker_has_a_gpu(workers,
     monkeypatch.setattr(submitit, "LocalExecutor", Counted)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7a")
     started = threading.active_count()
-    ended = dict(jobs.on_this_machine([[f"task {n}"] for n in range(7)], Path("logs"), workers))
+    ended = dict(
+        processes.on_this_machine([[f"task {n}"] for n in range(7)], Path("logs"), workers)
+    )
     assert sorted(ended) == list(range(7)) and threading.active_count() == started
     assert Counted.most == workers and Counted.running == 0
     assert set(Counted.environments) == {"5", "GPU-7a"} if workers > 1 else {"5"}
 
 
 def test_workers_share_the_processors_and_the_gpus(monkeypatch):
-    monkeypatch.setattr(jobs.torch, "get_num_threads", lambda: 8)
-    monkeypatch.setattr(jobs.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(processes.torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(processes.torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    gpus = [jobs.share_of_machine(slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
+    gpus = [processes.share_of_machine(slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
     assert gpus == ["0", "1", "0"]
-    assert jobs.share_of_machine(0, 3)["OMP_NUM_THREADS"] == "2"
-    assert jobs.share_of_machine(0, 99)["OMP_NUM_THREADS"] == "1"
+    assert processes.share_of_machine(0, 3)["OMP_NUM_THREADS"] == "2"
+    assert processes.share_of_machine(0, 99)["OMP_NUM_THREADS"] == "1"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert jobs.share_of_machine(1, 3)["CUDA_VISIBLE_DEVICES"] == ""
+    assert processes.share_of_machine(1, 3)["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def start_grid(*words: str) -> subprocess.Popen:
@@ -259,7 +261,7 @@ def test_a_grid_that_was_killed_leaves_no_process_and_then_runs_only_what_is_mis
     log = out.rsplit("(log: ", 1)[1].rstrip(")\n")
     assert not Path(log).is_absolute() and "an unlucky" in Path(log).read_text()
     (fifty,) = Path("runs/grid").glob("seed50-*")
-    threads = max(1, jobs.torch.get_num_threads() // 2)
+    threads = max(1, processes.torch.get_num_threads() // 2)
     assert read_record(fifty)["environment"]["OMP_NUM_THREADS"] == str(threads)
     assert files(next(Path("runs/grid").glob("seed1-*"))) == done
 
@@ -281,21 +283,21 @@ def test_a_preempted_job_is_queued_again_and_goes_on():
     executor = submitit.LocalExecutor("logs")
     executor.update_parameters(timeout_min=60)
     folder = Path("runs/grid/seed50-0123")
-    task = jobs.Task(Path("fake.ipynb"), folder, {"seed": 50})
-    job = executor.submit(jobs.GridJob(), [task], {}, os.getpid())
+    task = processes.WorkItem(Path("fake.ipynb"), folder, {"seed": 50})
+    job = executor.submit(processes.ProcessWork(), [task], {}, os.getpid())
     wait_for(kernels)
     (process,) = psutil.Process(int(job.job_id)).children()
     process.send_signal(
         submitit.JobEnvironment._usr_sig()
     )  # as Slurm does before it takes the node
     wait_for(job.done)
-    assert jobs.error_of(job) == "" and read_record(folder)["seed"] == 50
+    assert processes.error_of(job) == "" and read_record(folder)["seed"] == 50
     assert gone(*kernels())
 
 
 def test_a_job_that_was_killed_is_told_from_one_that_failed():
     paths = SimpleNamespace(result_pickle=Path("none.pkl"), stderr=Path("log.err"))
-    assert jobs.error_of(SimpleNamespace(paths=paths)) == "the process was killed"
+    assert processes.error_of(SimpleNamespace(paths=paths)) == "the process was killed"
 
 
 # Slurm
@@ -337,7 +339,7 @@ def slurm(here, monkeypatch):
         (here / "bin" / name).write_text(text.replace("{python}", sys.executable))
         (here / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{here / 'bin'}:{os.environ['PATH']}")
-    monkeypatch.setattr(jobs.submitit.SlurmJob.watcher, "_registered", set())
+    monkeypatch.setattr(processes.submitit.SlurmJob.watcher, "_registered", set())
 
 
 def test_slurm_that_is_not_there_is_one_clear_error_before_any_work(monkeypatch, capsys):
@@ -378,13 +380,14 @@ def test_what_slurm_cannot_be_asked_is_refused_before_any_work(slurm, capsys):
 
 
 def test_whoever_stops_listening_cancels_what_is_left_in_the_queue(slurm):
-    start = jobs.starter("slurm", Path("runs/grid/logs/001"), 1, {})
+    start = processes.starter("slurm", Path("runs/grid/logs/001"), 1, {})
     tasks = [
-        jobs.Task(Path("fake.ipynb"), Path(f"runs/grid/seed{n}-0"), {"seed": n}) for n in (1, 50)
+        processes.WorkItem(Path("fake.ipynb"), Path(f"runs/grid/seed{n}-0"), {"seed": n})
+        for n in (1, 50)
     ]
     ended = start([[task] for task in tasks])
     number, job = next(ended)
-    assert number == 0 and jobs.error_of(job) == ""
+    assert number == 0 and processes.error_of(job) == ""
     wait_for(kernels)
     ended.close()
     assert Path("cancelled").read_text() == "42_1\n"
@@ -410,7 +413,7 @@ def test_replicas_leave_the_records_of_single_runs(capsys):
 
 def test_only_runs_that_may_share_an_encoder_are_packed_and_never_too_many():
     def of(label, encoder):
-        return Run(label, label, 5, None, encoder)
+        return PlannedRun(label, label, 5, None, encoder)
 
     planned = [of("a1", "a"), of("b1", "b"), of("x", None), of("a2", "a"), of("a3", "a"),
                of("y", None), of("b2", "b"), of("a4", "a")]  # fmt: skip
@@ -438,6 +441,6 @@ def test_a_real_grid_runs_notebook_10(capsys):
     record = read_record(folder)
     assert record["key"] == folder.name.rsplit("-")[-1] and record["code"] == code_hash()
     assert record["parameters"]["learning_rate"] == Settings.learning_rate
-    assert len(results.load("runs/grid")) == 1
+    assert len(summaries.load("runs/grid")) == 1
     assert main(["grid", file, "--dry-run"]) == 0
     assert "lora: done, matthews" in capsys.readouterr().out

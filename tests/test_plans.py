@@ -51,7 +51,7 @@ def test_a_run_has_the_key_that_its_record_will_have():
 
 def test_the_notebook_gets_every_setting_that_it_has_whatever_its_own_values_are():
     (run,) = plan(read_grid(write_grid(vary={"seed": [4]})), Path("runs"))
-    assert run.task.parameters == {
+    assert run.work.parameters == {
         "task": "cola", "data_dir": "generated", "model_name": "tiny-roberta", "method": "drlora",
         "seed": 4, "init_r": 3, "target_r": 2, "learning_rate": 2e-3, "max_steps": 0,
     }  # fmt: skip
@@ -64,7 +64,7 @@ def test_the_papers_settings_yield_to_what_is_written_beside_them(monkeypatch):
     beside = {"data_dir": "generated", "table_8": "large", "learning_rate": 0.1}
     file = write_grid(parameters=beside, vary={"task": ["rte"], "method": ["h-adapter"]})
     (run,) = plan(read_grid(file), Path("runs"))
-    given = run.task.parameters
+    given = run.work.parameters
     assert (given["bottleneck"], given["epochs"], given["learning_rate"]) == (32, 80, 0.1)
 
 
@@ -87,7 +87,7 @@ def test_best_of_takes_the_rate_with_the_best_mean_for_each_method():
     file = write_grid(vary={"method": ["lora", "drlora"]},
                       best_of={"folder": "rates", "parameter": "learning_rate"})  # fmt: skip
     runs = plan(read_grid(file), Path("runs"))
-    assert [run.task.parameters["learning_rate"] for run in runs] == [2e-3, 1e-3]
+    assert [run.work.parameters["learning_rate"] for run in runs] == [2e-3, 1e-3]
 
 
 def test_best_of_without_records_says_what_to_do_first():
@@ -117,7 +117,7 @@ MALFORMED = {
     "notebook: [": "grid.yaml is not YAML",
     "": "grid.yaml must hold lines of `name: value`",
     "- 1": "must hold lines of `name: value`",
-    "vary: {seed: [0]}": "a grid needs a line `notebook: path",
+    "notebook: ": "notebook = None must be a str",
     "{notebook: fake.ipynb, varry: {seed: [0]}}": "a grid has no 'varry' (nearest: vary)",
     "{notebook: fake.ipynb, vary: [0]}": "vary = [0] must be a dict",
     "{notebook: fake.ipynb, vary: {seed: []}}": "seed = [] must be a list, and not an empty one",
@@ -197,7 +197,7 @@ def speed(run) -> float:
     """Steps a second on one H100, as the grids' `basis` has them."""
     measured = {"lora": 13.3, "drlora": 8.4, "adalora": 5.6, "full": 19.3}
     like = {"h-adapter": "lora", "p-adapter": "lora", "bitfit": "full"}
-    method, task = run.task.parameters["method"], run.task.parameters["task"]
+    method, task = run.work.parameters["method"], run.work.parameters["task"]
     slower = 3 if task.startswith("squad") else 6 if task == "xsum" else 1
     return measured[like.get(method, method)] / slower
 

@@ -6,6 +6,10 @@
     vary: {task: [cola, rte], seed: [0, 1]}   # every combination, with every case
     best_of: {folder: runs/rates, parameter: learning_rate}      # the best value in those runs
 
+Without a line `notebook`, each run is what `python -m drlora_ref.experiments run` does: it leaves
+a record and no executed notebook, and any parameter of Settings may be set. With one, only those
+that the notebook takes.
+
 `table_8: small` (or large) stands for what paper.settings has for the task and method at that
 budget; what is written beside it takes precedence. `cost` says what to expect, `slurm` what to ask
 of a cluster.
@@ -15,16 +19,16 @@ import itertools
 import os
 import re
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TypedDict
 
 from drlora_ref.experiments.given import check_known, read_yaml
-from drlora_ref.experiments.grids import processes as jobs
-from drlora_ref.experiments.grids.notebooks import check_parameters
+from drlora_ref.experiments.grids import processes
+from drlora_ref.experiments.grids.notebooks import Value, check_parameters
 from drlora_ref.experiments.replicas.many_runs import can_be_replica, shared_settings
-from drlora_ref.experiments.results import paper
-from drlora_ref.experiments.results import summaries as results
-from drlora_ref.experiments.run.one_run import make_schedule
+from drlora_ref.experiments.results import paper, summaries
 from drlora_ref.experiments.run.settings import PLACES, Settings, run_key
 from drlora_ref.experiments.sources.models import resolve_model
 from drlora_ref.experiments.tasks.families import FAMILIES
@@ -42,11 +46,40 @@ KEYS = {
     "best_of": {"folder": str, "parameter": str},
     "cost": {"optimizer_steps": int, "gpu_hours": int | float, "basis": str},
 }
+Parameters = dict[str, Value]
+Cell = tuple[Value, Value]  # (task, method)
+
+
+class BestOf(TypedDict):
+    """Where to look for the best value, and of which parameter."""
+
+    folder: str
+    parameter: str
+
+
+class Cost(TypedDict):
+    """What all runs of a grid will take, and how that was estimated."""
+
+    optimizer_steps: int
+    gpu_hours: float
+    basis: str
+
+
+class Grid(TypedDict, total=False):
+    """A grid's file, once read_grid has checked its form."""
+
+    notebook: Path
+    parameters: Parameters
+    cases: list[Parameters]
+    vary: dict[str, list[Value]]
+    best_of: BestOf
+    cost: Cost
+    slurm: dict[str, str | int]
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run of a grid: a short label of what varies, its run_key, T, and what is to be run.
+class PlannedRun:
+    """One run of a grid: a short label of what varies, its run_key, T, and the work that it is.
 
     `encoder` is equal for runs that may be replicas of one pass, None where a run must be alone.
     """
@@ -54,23 +87,21 @@ class Run:
     label: str
     key: str
     steps: int
-    task: jobs.Task
-    encoder: str | None = None
+    work: processes.WorkItem
+    encoder: Hashable = None
 
     @property
     def folder(self) -> Path:
         """Where its record is, or will be."""
-        return self.task.folder
+        return self.work.folder
 
 
-def read_grid(file: str | Path) -> dict:
-    """The grid in a file, its form checked; `notebook` becomes a path from here.
+def read_grid(file: str | Path) -> Grid:
+    """The grid in a file, its form checked; `notebook` becomes a path from the current folder.
 
     Raises FileNotFoundError, and ValueError naming what is wrong.
     """
     grid = read_yaml(file)
-    if "notebook" not in grid:
-        raise ValueError(f"{file}: a grid needs a line `notebook: path, from this file's folder`")
     check_known(f"{file}: a grid has no", grid, KINDS)
     for name, value in grid.items():
         if not isinstance(value, KINDS[name]):
@@ -78,12 +109,14 @@ def read_grid(file: str | Path) -> dict:
         for key, kind in KEYS.get(name, {}).items():
             if not isinstance(value.get(key), kind) or len(value) != len(KEYS[name]):
                 raise ValueError(f"{file}: {name} needs {', '.join(KEYS[name])}, not {value}")
-    check_known(f"{file}: slurm has no", grid.get("slurm", {}), jobs.SLURM)
+    check_known(f"{file}: slurm has no", grid.get("slurm", {}), processes.SLURM)
     _check_sets(file, grid)
-    return grid | {"notebook": Path(os.path.relpath(Path(file).parent / grid["notebook"]))}
+    if "notebook" in grid:
+        grid["notebook"] = Path(os.path.relpath(Path(file).parent / grid["notebook"]))
+    return grid
 
 
-def _check_sets(file, grid: dict) -> None:
+def _check_sets(file: str | Path, grid: Grid) -> None:
     same, cases, vary = grid.get("parameters", {}), grid.get("cases", [{}]), grid.get("vary", {})
     for name, values in [("cases", cases), *vary.items()]:
         if not isinstance(values, list) or not values:
@@ -105,8 +138,8 @@ def _check_sets(file, grid: dict) -> None:
             raise ValueError(f"{file}: {value!r} must be a word, a number, true or false")
 
 
-def expand(grid: dict) -> list[tuple[str, dict]]:
-    """[(label, parameters)] of every case with every combination of what varies.
+def expand(grid: Grid) -> list[tuple[str, Parameters]]:
+    """(label, parameters) of every run: each case with each combination of what varies.
 
     >>> expand({"cases": [{"method": "lora"}], "vary": {"task": ["rte"], "seed": [0, 1]}})[1]
     ('lora-rte-seed1', {'method': 'lora', 'task': 'rte', 'seed': 1})
@@ -121,38 +154,47 @@ def expand(grid: dict) -> list[tuple[str, dict]]:
     return sets
 
 
-def plan(grid: dict, out: Path) -> list[Run]:
+def plan(grid: Grid, out: Path) -> list[PlannedRun]:
     """Every run of a grid, checked; reads data and models, starts and writes nothing.
 
     Raises what the checks raise: of the notebook, of Settings, of data, models and schedules;
     ValueError for two runs that are the same.
     """
-    sets = expand(grid)
-    given = [{k: v for k, v in chosen.items() if k != "table_8"} for _, chosen in sets]
-    known = check_parameters(grid["notebook"], *given)
-    best = _best(grid, {parameters.get("seed", Settings.seed) for parameters in given})
-    settings = [_settings(label, chosen, best, known) for label, chosen in sets]
-    data = {place: _look_at(*place) for place in {(s.task, s.data_dir): 0 for s in settings}}
-    models = {name: resolve_model(name).sha256 for name in {s.model_name: 0 for s in settings}}
-    runs: dict[str, Run] = {}
+    sets, notebook = expand(grid), grid.get("notebook")
+    taken = _taken(notebook, [chosen for _, chosen in sets])
+    best = _best(grid, {chosen.get("seed", Settings.seed) for _, chosen in sets})
+    settings = [_settings(label, chosen, best, taken) for label, chosen in sets]
+    places = sorted({(one.task, one.data_dir) for one in settings})
+    data = {place: _look_at(*place) for place in places}
+    names = sorted({one.model_name for one in settings})
+    models = {name: resolve_model(name).sha256 for name in names}
+    runs: dict[str, PlannedRun] = {}
     for (label, _), one in zip(sets, settings, strict=True):
         fingerprint, rows = data[one.task, one.data_dir]
         key = run_key(one, fingerprint, models[one.model_name])
         if key in runs:
             raise ValueError(f"{runs[key].label} and {label} are the same run")
         folder = next(out.glob(f"*-{key}"), out / f"{label}-{key}")  # labels may change
-        given = {k: v for k, v in asdict(one).items() if k in known and k not in PLACES}
-        task = jobs.Task(grid["notebook"], folder, given)
+        given = {k: v for k, v in asdict(one).items() if k in taken and k not in PLACES}
+        work = processes.WorkItem(notebook, folder, given)
         steps = _steps(label, one, rows)
-        shared = repr((steps, shared_settings(one))) if can_be_replica(one) else None
-        runs[key] = Run(label, key, steps, task, shared)
+        shared = (steps, *shared_settings(one).items()) if can_be_replica(one) else None
+        runs[key] = PlannedRun(label, key, steps, work, shared)
     return list(runs.values())
 
 
-def pack(runs: list[Run], replicas: int) -> list[list[Run]]:
+def _taken(notebook: Path | None, sets: list[Parameters]) -> set[str]:
+    """The names that a run may be given: the notebook's parameters, or all of Settings."""
+    if notebook is None:
+        return {field.name for field in fields(Settings)}
+    given = [{k: v for k, v in chosen.items() if k != "table_8"} for chosen in sets]
+    return check_parameters(notebook, *given)
+
+
+def pack(runs: list[PlannedRun], replicas: int) -> list[list[PlannedRun]]:
     """The runs in lists for one process each: at most `replicas` that may share an encoder."""
-    packs: list[list[Run]] = []
-    filling: dict[str, list[Run]] = {}
+    packs: list[list[PlannedRun]] = []
+    filling: dict[Hashable, list[PlannedRun]] = {}
     for run in runs:
         found = filling.get(run.encoder) if run.encoder else None
         if found is None or len(found) == replicas:
@@ -164,7 +206,9 @@ def pack(runs: list[Run], replicas: int) -> list[list[Run]]:
     return packs
 
 
-def _settings(label: str, chosen: dict, best: dict, known: set[str]) -> Settings:
+def _settings(
+    label: str, chosen: Parameters, best: dict[Cell, Parameters], taken: set[str]
+) -> Settings:
     """The settings of one run: the paper's, then the best ones, then what the grid says."""
     chosen = {"task": Settings.task, "method": Settings.method} | chosen
     pair = chosen["task"], chosen["method"]
@@ -176,18 +220,18 @@ def _settings(label: str, chosen: dict, best: dict, known: set[str]) -> Settings
     if best and pair not in best:
         raise ValueError(f"{label}: best_of has no runs of {pair[1]} on {pair[0]}")
     for name, value in asdict(settings).items():
-        if name not in known and value != getattr(Settings, name):
+        if name not in taken and value != getattr(Settings, name):
             raise ValueError(f"{label} needs {name} = {value!r}, which the notebook does not take")
     return settings
 
 
-def _best(grid: dict, seeds: set[int]) -> dict:
-    """{(task, method): {parameter: value}} of the value with the best mean score in `best_of`."""
+def _best(grid: Grid, seeds: set[Value]) -> dict[Cell, Parameters]:
+    """{(task, method): {parameter: value}}: the value with the best mean score in `best_of`."""
     if "best_of" not in grid:
         return {}
     folder, parameter = grid["best_of"]["folder"], grid["best_of"]["parameter"]
     try:
-        runs = results.load(folder)
+        runs = summaries.load(folder)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"best_of: {error}: run the grid that fills it first") from None
     if both := sorted(seeds & set(runs.seed)):
@@ -195,9 +239,8 @@ def _best(grid: dict, seeds: set[int]) -> dict:
             f"best_of: {folder} has runs with the seeds {both} too: what is chosen on a seed must "
             "not be reported on it"
         )
-    # as plain numbers: NumPy's own are not what Settings takes
-    chosen = results.choose(runs, parameter).items()
-    return {cell: {parameter: getattr(v, "item", lambda v=v: v)()} for cell, v in chosen}
+    chosen = summaries.choose(runs, parameter)
+    return {cell: {parameter: value} for cell, value in chosen.items()}
 
 
 def _look_at(task: str, data_dir: str) -> tuple[str, int]:
@@ -209,6 +252,7 @@ def _steps(label: str, settings: Settings, rows: int) -> int:
     if not 0 <= settings.train_size <= rows:
         raise ValueError(f"{label}: train_size = {settings.train_size} of {rows} training rows")
     try:
-        return make_schedule(settings, settings.train_size or rows).total_steps
+        T = settings.total_steps(settings.train_size or rows)
+        return settings.schedule(T).total_steps
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from None

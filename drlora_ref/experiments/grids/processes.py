@@ -1,16 +1,16 @@
-"""Many runs of notebooks at once: bounded on this machine, or as one job array on Slurm.
+"""Many runs at once: so many at a time on this machine, or as one job array on Slurm.
 
-submitit starts each run in a process of its own, here or there; this file says how many at a time,
-with how many threads, on which GPU, and what becomes of them when somebody interrupts.
+submitit starts each pack of runs in a process of its own, here or there. This file says how many
+of them at a time, with how many threads, on which GPU, and what becomes of them when somebody
+interrupts.
 """
 
 import os
 import shutil
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from functools import partial
@@ -24,8 +24,9 @@ import submitit
 import torch
 from papermill.exceptions import PapermillExecutionError
 
-from drlora_ref.experiments.grids.notebooks import run_notebook
+from drlora_ref.experiments.grids.notebooks import Value, run_notebook
 from drlora_ref.experiments.replicas.many_runs import run_replicas
+from drlora_ref.experiments.run.one_run import run
 from drlora_ref.experiments.run.settings import Settings
 
 # What a grid file may ask of Slurm, and submitit's names for it.
@@ -43,54 +44,80 @@ QUEUED = "slurm_job"  # the file that holds the number of the job array that was
 YEAR_MIN = 365 * 24 * 60  # submitit ends a local job after two minutes if it is not told otherwise
 
 
-class Task(NamedTuple):
-    """A run to start: what run_notebook takes."""
+class WorkItem(NamedTuple):
+    """One run that is to be done: what run_notebook takes, or Settings if there is no notebook."""
 
-    notebook: Path
+    notebook: Path | None
     folder: Path
-    parameters: dict
+    parameters: dict[str, Value]
 
 
-class GridJob(submitit.helpers.Checkpointable):
-    """The work of one process: a run of the notebook, or several runs as replicas.
+# A pack is the work of one process. `Ended` yields (place of the pack in the list, its job) as the
+# jobs end; whoever closes it, as Ctrl-C does, ends those that are left.
+Pack = list[WorkItem]
+Ended = Generator[tuple[int, submitit.Job], None, None]
+Start = Callable[[list[Pack]], Ended]
+
+
+class ProcessWork(submitit.helpers.Checkpointable):
+    """The work of one process: a run, or several runs as replicas.
 
     Checkpointable: when Slurm preempts the job, or its time is up, it is queued again with the same
     arguments, and the run goes on from its own checkpoint.
     """
 
-    def __call__(self, tasks: list[Task], environment: dict[str, str], grid_pid: int = 0) -> None:
-        """Do these tasks; `grid_pid`: the process without which there is no point in going on."""
+    def __call__(self, pack: Pack, environment: dict[str, str], grid_pid: int = 0) -> None:
+        """Do the runs of this pack; once the process `grid_pid` has ended, so does this one.
+
+        Raises RuntimeError, which says in one line what went wrong in the run.
+        """
         os.environ.update(environment)  # the notebook's kernel inherits it
+        if "OMP_NUM_THREADS" in environment:  # which torch, imported above, has read already
+            torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
         if grid_pid:
             threading.Thread(target=_end_after, args=(grid_pid,), daemon=True).start()
-        tasks = [task for task in tasks if not _is_done(task)]  # preempted before its end
-        if len(tasks) > 1:
-            run_replicas([Settings(**t.parameters, output_dir=str(t.folder)) for t in tasks])
-            return
+        left = [item for item in pack if not _is_done(item)]  # preempted before its end
         try:
-            for task in tasks:
-                run_notebook(task.notebook, task.folder, task.parameters)
-        except PapermillExecutionError as error:
-            print(error, file=sys.stderr)  # the cell and its traceback; then one line that says it
-            raise RuntimeError(f"{error.ename}: {' '.join(error.evalue.split())}") from None
+            if len(left) > 1:
+                run_replicas([_settings(item) for item in left])
+            elif left:
+                _run_alone(left[0])
+        except PapermillExecutionError as error:  # its message holds the cell and its traceback
+            raise RuntimeError(_in_one_line(error.ename, error.evalue)) from error
+        except Exception as error:
+            raise RuntimeError(_in_one_line(type(error).__name__, str(error))) from error
 
 
-def _is_done(task: Task) -> bool:
-    return (task.folder / "record.json").exists() and not task.parameters.get("overwrite")
+def _run_alone(item: WorkItem) -> None:
+    if item.notebook is None:
+        run(_settings(item))
+    else:
+        run_notebook(item.notebook, item.folder, item.parameters)
+
+
+def _settings(item: WorkItem) -> Settings:
+    return Settings(**item.parameters, output_dir=str(item.folder))
+
+
+def _is_done(item: WorkItem) -> bool:
+    return (item.folder / "record.json").exists() and not item.parameters.get("overwrite")
+
+
+def _in_one_line(kind: str, message: str) -> str:
+    return f"{kind}: {' '.join(message.split())}"
 
 
 def _end_after(grid_pid: int) -> None:
-    # A grid that was killed cannot end its jobs; the next one must not find them at work.
+    # A grid that was killed cannot end its jobs, and the next grid must not find them at work.
     while any(parent.pid == grid_pid for parent in psutil.Process().parents()):
         time.sleep(0.5)
     os._exit(1)  # the kernel notices, and ends too
 
 
-def starter(cluster: str, logs: Path, workers: int, wishes: dict) -> Callable:
-    """The function that runs lists of Tasks on "local" or "slurm"; raises as slurm_executor.
+def starter(cluster: str, logs: Path, workers: int, wishes: dict[str, str | int]) -> Start:
+    """The function that does packs of runs on "local" or "slurm", `workers` packs at a time.
 
-    Each list is one process's work. It yields (number of the list, its job) as they end; who stops
-    listening (Ctrl-C) ends them all.
+    Raises what slurm_executor raises.
     """
     if cluster == "slurm":
         return partial(on_slurm, executor=slurm_executor(logs, workers, wishes))
@@ -107,40 +134,48 @@ def error_of(job: submitit.Job) -> str:
     return next(filter(None, reversed(lines)), "").removeprefix("RuntimeError: ")
 
 
-def on_this_machine(
-    tasks: list[list[Task]], logs: Path, workers: int
-) -> Iterator[tuple[int, submitit.Job]]:
-    """Run each list of tasks in a process of its own, `workers` at a time."""
+def on_this_machine(packs: list[Pack], logs: Path, workers: int) -> Ended:
+    """Do each pack in a process of its own, `workers` at a time.
+
+    Raises OSError if a process cannot be started (no memory, a full disk); the others are ended.
+    """
     executor = submitit.LocalExecutor(logs)
     executor.update_parameters(timeout_min=YEAR_MIN)
-    slots, stop = SimpleQueue(), threading.Event()
+    slots: SimpleQueue[int] = SimpleQueue()
     for slot in range(workers):
         slots.put(slot)
+    stop = threading.Event()
 
-    def run(task: list[Task]) -> submitit.Job:
+    def work(pack: Pack) -> submitit.Job:
         slot = slots.get()
-        job = executor.submit(GridJob(), task, share_of_machine(slot, workers), os.getpid())
-        while not job.done():
-            if stop.is_set():
-                _end(int(job.job_id))
-            time.sleep(0.2)
-        slots.put(slot)
-        return job
-
-    # Ctrl-C is for this process alone, which then ends the others: they inherit what threads block.
-    quiet = dict(initializer=pthread_sigmask, initargs=(SIG_BLOCK, {SIGINT}))
-    with ThreadPoolExecutor(workers, **quiet) as pool:
-        futures = {pool.submit(run, task): number for number, task in enumerate(tasks)}
         try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
+            share = share_of_machine(slot, workers)
+            job = executor.submit(ProcessWork(), pack, share, os.getpid())
+            while not job.done():
+                if stop.is_set():
+                    _end(int(job.job_id))
+                time.sleep(0.2)
+            return job
+        finally:
+            slots.put(slot)  # or, where no process could be started, the next pack would wait
+
+    # A terminal sends Ctrl-C to all processes at once. These threads block it, and so does every
+    # process that they start: this process alone hears it, and then ends the others.
+    with ThreadPoolExecutor(
+        workers, initializer=pthread_sigmask, initargs=(SIG_BLOCK, {SIGINT})
+    ) as pool:
+        try:  # from the first submit on: the pool's own end waits for whatever has been started
+            places = {pool.submit(work, pack): place for place, pack in enumerate(packs)}
+            for future in as_completed(places):
+                yield places[future], future.result()
         finally:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _end(controller: int) -> None:
-    # submitit's controller ends when its one child does, and the notebook's kernel notices too.
+    # The child is the process at work. Once it has ended, its kernel ends, and so does submitit's
+    # controller.
     with suppress(psutil.NoSuchProcess):
         for process in psutil.Process(controller).children():
             process.kill()
@@ -158,7 +193,7 @@ def share_of_machine(slot: int, workers: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": gpu}
 
 
-def slurm_executor(logs: Path, workers: int, wishes: dict) -> submitit.AutoExecutor:
+def slurm_executor(logs: Path, workers: int, wishes: dict[str, str | int]) -> submitit.AutoExecutor:
     """What submits to Slurm, `workers` jobs at a time; `wishes` as in SLURM. Writes nothing yet.
 
     Raises, before any work: ValueError (a wish that cannot be), FileNotFoundError (no Slurm here),
@@ -188,19 +223,17 @@ def slurm_executor(logs: Path, workers: int, wishes: dict) -> submitit.AutoExecu
     return executor
 
 
-def on_slurm(
-    tasks: list[list[Task]], executor: submitit.AutoExecutor
-) -> Iterator[tuple[int, submitit.Job]]:
-    """Run the tasks as one Slurm job array."""
+def on_slurm(packs: list[Pack], executor: submitit.AutoExecutor) -> Ended:
+    """Do the packs as one Slurm job array."""
     with executor.batch():
-        jobs = [executor.submit(GridJob(), task, {}) for task in tasks]
+        jobs = [executor.submit(ProcessWork(), pack, {}) for pack in packs]
     (executor.folder.parent / QUEUED).write_text(jobs[0].job_id.split("_")[0])
     left = dict(enumerate(jobs))
     try:
         while left:
-            for number, job in list(left.items()):
+            for place, job in list(left.items()):
                 if job.done():
-                    yield number, left.pop(number)
+                    yield place, left.pop(place)
             time.sleep(1)
     finally:
         for job in left.values():

@@ -171,8 +171,8 @@ class Together(nn.Module):
             self.kept = [*self.kept[: self.calls], (batch, self._all(batch))]
         elif not (self.calls < len(self.kept) and _same(batch, self.kept[self.calls][0])):
             raise ValueError(
-                f"evaluation gave replica {self.replica} another batch {self.calls} than replica 0: "
-                "all must be given the same batches in the same order"
+                f"evaluation gave replica {self.replica} another batch {self.calls} than replica "
+                "0: all must be given the same batches in the same order"
             )
         self.calls += 1
         return SimpleNamespace(logits=self.kept[self.calls - 1][1][self.replica])

@@ -215,7 +215,8 @@ def choose(
             raise ValueError(
                 f"{key}: each {parameter} must be tried on the same seeds, not {tried}"
             )
-        chosen[key] = candidates[value].mean().idxmax()
+        means = candidates[value].mean()
+        chosen[key] = means.index.tolist()[means.argmax()]  # a Python number, not one of NumPy's
     return chosen
 
 

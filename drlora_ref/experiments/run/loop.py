@@ -1,7 +1,7 @@
 """The training loop of train.py with what long runs need: any method, many runs, resumption.
 
-Read drlora_ref/train.py first: it is Algorithm 1 on one page, and a test holds this loop to it. Here
-is the calendar: what is due after which step, for R ≥ 1 runs. The step itself is the engine's:
+Read drlora_ref/train.py first: it is Algorithm 1 on one page, and a test holds this loop to it.
+Here is the calendar: what is due after which step, for R ≥ 1 runs. The step itself is the engine's:
 run/engine.py for one run, replicas/engine.py for many on one encoder.
 """
 
@@ -155,9 +155,10 @@ class Loop:
         now = time.perf_counter()
         self.evaluation_seconds += now - before
         spent, T = now - self.began, self.schedule.total_steps
+        left = readable_time(spent / self.step * (T - self.step))
         self.accelerator.print(
             f"step {self.step} of {T}, epoch {self.order.epoch}: {self._metrics()}; "
-            f"{readable_time(spent)}, about {readable_time(spent / self.step * (T - self.step))} left",
+            f"{readable_time(spent)}, about {left} left",
             flush=True,
         )
 

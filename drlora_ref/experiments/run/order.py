@@ -1,4 +1,4 @@
-"""Which rows R runs read in which step: each in its own order, all of them step by step together."""
+"""Which rows R runs read in which step: each in its own order, all of them step by step."""
 
 import itertools
 from collections.abc import Iterator
