@@ -73,7 +73,7 @@ class Settings:
         for names, holds, words in RANGES:
             for name in names.split():
                 value = getattr(self, name)
-                if not holds(value) or abs(value) >= 2**63:
+                if not holds(value) or (type(value) is int and value >= 2**63):
                     raise ValueError(f"{name} = {value}: must be {words}")
         # The steps are known once the data are; every other number of Eq. 9 can be checked now.
         METHODS[self.method].check(self.schedule(self.max_steps or 10**9))
