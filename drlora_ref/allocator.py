@@ -3,11 +3,12 @@
 import functools
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from drlora_ref.importance import SCORES, ema_update
+from drlora_ref.importance import SCORES, ema_update, random_scores
 from drlora_ref.layer import RankOneComponents, dynamic_layers, stack_by_shape
 from drlora_ref.schedule import BudgetSchedule
 
@@ -52,11 +53,11 @@ def check_scoring(score: str | Callable, beta: float) -> None:
 
 
 @torch.no_grad()
-def zero_pruned(layers: dict[str, nn.Module]) -> None:
+def zero_pruned(layers: dict[str, Any]) -> None:
     """Set the c of every component outside its layer's mask to zero, in place."""
     # One fused call for all layers: this runs after every step of the second half of training.
-    layers = layers.values()
-    torch._foreach_mul_([m.lora_c for m in layers], [m.component_mask for m in layers])
+    modules = layers.values()
+    torch._foreach_mul_([m.lora_c for m in modules], [m.component_mask for m in modules])
 
 
 class RankAllocator:
@@ -109,17 +110,17 @@ class RankAllocator:
         self.score_name = (
             score if isinstance(score, str) else getattr(score, "__name__", repr(score))
         )
-        self.score = SCORES.get(score, score)
+        self.score: Callable[..., Tensor] = SCORES[score] if isinstance(score, str) else score
         self.generator = torch.Generator().manual_seed(seed)
         if score == "random":
-            self.score = functools.partial(self.score, generator=self.generator)
+            self.score = functools.partial(random_scores, generator=self.generator)
         self.last_step = 0
         self.ema = torch.zeros(sum(self.sizes))
 
     @torch.no_grad()
     def scores(self) -> Tensor:
         """The unsmoothed score of every component: (N,), by position."""
-        by_layer = {}
+        by_layer: dict[int, Tensor] = {}
         for members, (A, B, c) in stack_by_shape(list(self.layers.values())):
             by_layer.update(zip(members, self.score(A, B, c), strict=True))  # one row a layer
         return torch.cat([by_layer[i] for i in range(len(by_layer))])

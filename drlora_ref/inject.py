@@ -206,8 +206,9 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     if isinstance(model, DynamicLoRALinear):
         return model.merge()
     layers = dynamic_layers(model)
-    if not all(isinstance(layer, DynamicLoRALinear) for layer in layers.values()):
+    ours = {n: layer for n, layer in layers.items() if isinstance(layer, DynamicLoRALinear)}
+    if len(ours) < len(layers):
         raise TypeError("merge_adapters is for inject_adapters; PEFT's model: merge_and_unload()")
-    for name, layer in layers.items():
+    for name, layer in ours.items():
         model.set_submodule(name, layer.merge())
     return model

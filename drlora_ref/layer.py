@@ -1,6 +1,7 @@
 """Eq. 5-6: a linear layer whose update is a sum of rank-1 components that can be switched off."""
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,8 @@ class RankOneComponents(nn.Module):
     (torch.Size([4, 3]), 2)
     """
 
+    component_mask: Tensor
+
     def __init__(
         self,
         d_in: int,
@@ -53,7 +56,7 @@ class RankOneComponents(nn.Module):
             raise ValueError(f"lora_dropout = {lora_dropout}: must be at least 0 and less than 1")
         self.scaling = lora_alpha / r
         self.lora_dropout = nn.Dropout(lora_dropout)
-        like = dict(device=device, dtype=dtype)
+        like: dict[str, Any] = dict(device=device, dtype=dtype)
         self.lora_A = nn.Parameter(torch.empty(r, d_in, **like))
         self.lora_B = nn.Parameter(torch.empty(d_out, r, **like))
         self.lora_c = nn.Parameter(torch.zeros(r, **like))
@@ -116,7 +119,7 @@ class DynamicLoRALinear(RankOneComponents):
         return merged
 
 
-def like_base(weight: Tensor) -> dict:
+def like_base(weight: Tensor) -> dict[str, Any]:
     """{"device": ..., "dtype": ...} of the components of a frozen weight.
 
     Half-precision base weights are frozen and may stay so; what is trained needs float32.

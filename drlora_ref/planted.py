@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from drlora_ref.allocator import RankAllocator
@@ -122,15 +121,25 @@ def recover(
         if schedule.prunes_at(step):
             history[step] = list(allocator.rank_pattern().values())
 
-    found = torch.stack([layer.delta_weight() for layer in layers])
+    found = torch.stack([layer.delta_weight() for layer in allocator.layers.values()])
     error = (found - truth).square().sum() / truth.square().sum()
     ranks = list(allocator.rank_pattern().values())
     return RecoveryResult(
-        list(planted_ranks), ranks, error.item(), _rank_correlation(planted_ranks, ranks), history
+        list(planted_ranks), ranks, error.item(), rank_correlation(planted_ranks, ranks), history
     )
 
 
-def _rank_correlation(first: list[int], second: list[int]) -> float:
-    if len(set(first)) == 1 or len(set(second)) == 1:
-        return float("nan")  # a constant list has no order to compare
-    return float(spearmanr(first, second).statistic)
+def rank_correlation(first: list[int], second: list[int]) -> float:
+    """Spearman's rank correlation: +1 if both lists have the same order, -1 if the opposite.
+
+        2 · rank(xᵢ) + a constant = Σⱼ sign(xᵢ - xⱼ)
+
+    Equal values share the mean of their ranks, and the right side sums to zero over i. So Pearson's
+    correlation of the ranks is a cosine; it is nan for a constant list, which has no order.
+
+    >>> rank_correlation([0, 1, 2, 9], [1, 1, 5, 6]), rank_correlation([1, 2], [3, 3])
+    (0.9486832980505138, nan)
+    """
+    values = torch.tensor([first, second], dtype=torch.float64)
+    x, y = (values.unsqueeze(-1) - values.unsqueeze(-2)).sign().sum(dim=-1)
+    return (x @ y / (x.square().sum() * y.square().sum()).sqrt()).item()

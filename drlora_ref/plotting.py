@@ -1,14 +1,17 @@
 """Every figure of the notebooks. Each function draws on the axes it is given, or on new ones."""
 
 import re
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
-import pandas as pd
 import torch
 from torch import Tensor
 
 from drlora_ref.inject import matrix_label
 from drlora_ref.schedule import BudgetSchedule
+
+if TYPE_CHECKING:  # the tuner draws a rank map, and needs no pandas for it
+    import pandas as pd
 
 # The rows of the paper's Figure 2, and a decoder's cross-attention below them.
 LABELS = ["Wq", "Wk", "Wv", "Wo", "Wf1", "Wf2"]
@@ -84,7 +87,7 @@ def plot_pruning_map(masks: dict[int, Tensor], axes: plt.Axes | None = None) -> 
     axes = _axes(axes, figsize=(6, 3))
     table = torch.stack(list(masks.values())).T.float()  # (N, events)
     axes.imshow(table, cmap="Blues", vmin=0, vmax=1.3, aspect="auto", interpolation="nearest")
-    axes.set_xticks(range(len(masks)), masks, rotation=90, fontsize=7)
+    axes.set_xticks(range(len(masks)), map(str, masks), rotation=90, fontsize=7)
     axes.set(xlabel="pruning event at step", ylabel="component, by position")
     return axes
 
@@ -108,10 +111,10 @@ def plot_rank_heatmap(
     table = [[cells.get((row, column), float("nan")) for column in columns] for row in rows]
     axes = _axes(axes, figsize=(1.8 + 0.42 * len(columns), 1 + 0.36 * len(rows)))
     image = axes.imshow(table, cmap="viridis", vmin=0, aspect="auto")
-    for y, row in enumerate(table):
-        for x, rank in enumerate(row):
-            bright = rank > 0.6 * max(max(cells.values()), 1)
-            axes.text(x, y, f"{rank:g}", ha="center", va="center", color="k" if bright else "w")
+    for y, line in enumerate(table):
+        for x, value in enumerate(line):
+            bright = value > 0.6 * max(max(cells.values()), 1)
+            axes.text(x, y, f"{value:g}", ha="center", va="center", color="k" if bright else "w")
     axes.set_xticks(range(len(columns)), [f"{side}{layer}" for side, layer in columns])
     axes.set_yticks(range(len(rows)), rows)
     axes.set(xlabel="layer", title=title)
@@ -136,7 +139,7 @@ def plot_rank_heatmaps(rank_patterns: dict[str, dict[str, int]], across: int = 2
 
 
 def plot_scores(
-    summary: pd.DataFrame, labels: str = "method", axes: plt.Axes | None = None
+    summary: "pd.DataFrame", labels: str = "method", axes: plt.Axes | None = None
 ) -> plt.Axes:
     """A dot per row with its 95 % interval, in percent; a cross is the paper's figure, if given.
 

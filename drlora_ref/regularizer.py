@@ -48,7 +48,7 @@ def dem_loss(model: nn.Module | dict[str, RankOneComponents]) -> Tensor:
     layers = list(dynamic_layers(model).values())
     if not layers:
         raise ValueError("the model has no DynamicLoRALinear: call inject_adapters first")
-    total = sum(
+    total: Tensor = sum(  # type: ignore[assignment]  # the int 0 only if there were no layer
         dem_penalty(A, B).sum() * A.shape[-2]  # the mean over a layer's r components, times r
         for _, (A, B, _) in stack_by_shape(layers)
     )

@@ -1,6 +1,7 @@
 """Eq. 9: how many components are left at each step."""
 
 from dataclasses import dataclass
+from typing import Any
 
 # The share of the prunable budget that is gone after k of P pruning steps, times P³ (so: an int).
 CURVES = {
@@ -41,12 +42,12 @@ class BudgetSchedule:
     init_r: int
     target_r: int
     total_steps: int
-    tinit: int | None = None
-    tfinal: int | None = None
+    tinit: int | Any = None  # None may be given; __post_init__ puts an int in its place
+    tfinal: int | Any = None
     deltaT: int = 10
     curve: str = "paper"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         T = self.total_steps
         for name, default in (("tinit", 15 * T // 100), ("tfinal", T // 2)):
             if getattr(self, name) is None:

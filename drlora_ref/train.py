@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from tqdm import tqdm
-from transformers import get_linear_schedule_with_warmup
 
 from drlora_ref.allocator import RankAllocator
 from drlora_ref.inject import count_parameters
@@ -46,6 +45,17 @@ def grouped_batches(loader: DataLoader, grad_accumulation: int) -> Iterator[tupl
         batches = iter(loader)
         while group := list(itertools.islice(batches, grad_accumulation)):
             yield epoch, group
+
+
+def linear_warmup_and_decay(step: int, warmup_steps: int, total_steps: int) -> float:
+    """Factor of the learning rate after `step` steps: from 0 up to 1 at warmup_steps, 0 at the end.
+
+    >>> [linear_warmup_and_decay(step, 2, 6) for step in range(7)]
+    [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    if step < warmup_steps:
+        return step / warmup_steps
+    return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -105,7 +115,8 @@ def train(
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=weight_decay)
     T = schedule.total_steps
-    lr_schedule = get_linear_schedule_with_warmup(optimizer, int(warmup * T), T)
+    warmup_steps = int(warmup * T)
+    lr_schedule = LambdaLR(optimizer, lambda t: linear_warmup_and_decay(t, warmup_steps, T))
     order = torch.Generator().manual_seed(seed)
     loader = DataLoader(train_data, batch_size, shuffle=True, generator=order, collate_fn=collate)
     steps_per_epoch = count_steps(len(train_data), batch_size, 1, grad_accumulation)
@@ -113,9 +124,8 @@ def train(
     health, evaluations, kept, flagged_at, looked_at = [], [], [], None, 0
     started, evaluation_seconds = time.perf_counter(), 0.0
     model.train()
-    progress = tqdm(range(1, T + 1), disable=None, desc="steps")  # None: only on a terminal
     groups = grouped_batches(loader, grad_accumulation)
-    for step, (epoch, group) in zip(progress, groups, strict=False):
+    for step, (epoch, group) in zip(range(1, T + 1), groups, strict=False):
         loss = backward(model, group)  # lines 3 and 6
         if dem_weight and not schedule.pruning_ended(step):  # lines 4 and 5
             # DEM depends on the weights alone: added to every micro-batch it would count k times.

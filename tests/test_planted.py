@@ -1,5 +1,7 @@
 """Problems with a known answer."""
 
+import math
+
 import pytest
 import torch
 
@@ -44,11 +46,34 @@ def test_the_budget_is_exact_for_every_score(score):
 def test_under_noise_the_norm_recovers_the_planted_ranks_better_than_the_share():
     ranks, seeds = [0, 0, 1, 2, 4, 6, 8, 11], range(3)
     errors = {
-        score: [planted.recover(ranks, score=score, seed=s).relative_error for s in seeds]
+        score: [
+            planted.recover(ranks, score=score, seed=s, total_steps=750).relative_error
+            for s in seeds
+        ]
         for score in ("frobenius_norm", "frobenius_share", "random")
     }
     assert max(errors["frobenius_norm"]) < min(errors["frobenius_share"])
     assert max(errors["frobenius_share"]) < min(errors["random"])
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        ([0, 1, 2, 3], [1, 2, 5, 9]),
+        ([0, 1, 2, 3], [9, 5, 2, 1]),
+        ([0, 0, 1, 2, 4, 6, 8, 11], [4, 3, 3, 3, 5, 3, 6, 5]),  # ties in both
+        ([0, 0, 1, 1], [0, 1, 0, 1]),  # no correlation
+    ],
+)
+def test_the_rank_correlation_is_spearmans(first, second):
+    from scipy.stats import spearmanr
+
+    expected = spearmanr(first, second).statistic
+    assert planted.rank_correlation(first, second) == pytest.approx(expected, abs=1e-14)
+
+
+def test_a_constant_list_correlates_with_nothing():
+    assert math.isnan(planted.rank_correlation([1, 2, 3], [4, 4, 4]))
 
 
 def test_a_score_may_be_a_function():

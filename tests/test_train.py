@@ -22,6 +22,7 @@ from drlora_ref.train import (
     count_steps,
     first_non_finite,
     grouped_batches,
+    linear_warmup_and_decay,
     train,
     verdict,
 )
@@ -116,6 +117,16 @@ def test_training_lowers_the_loss_and_meets_the_budget_exactly():
     assert record["trainable_parameters"] == {"adapter": 6 * 8, "head": 0}
     for layer in model.layers:
         assert not layer.lora_c[~layer.component_mask].any()
+
+
+@pytest.mark.parametrize("warmup_steps, total_steps", [(0, 7), (1, 7), (6, 100), (7, 7), (59, 983)])
+def test_the_learning_rate_is_that_of_transformers_to_the_last_bit(warmup_steps, total_steps):
+    from transformers import get_linear_schedule_with_warmup
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = get_linear_schedule_with_warmup(optimizer, warmup_steps, total_steps).lr_lambdas[0]
+    for step in range(total_steps + 3):
+        assert linear_warmup_and_decay(step, warmup_steps, total_steps) == theirs(step)
 
 
 def test_evaluation_comes_after_every_epoch_and_at_the_end():

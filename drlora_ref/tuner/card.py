@@ -45,17 +45,17 @@ def model_card(
     `model` is the plain one that was adapted; a local folder is named without its place.
     """
     base = config.base_model_name_or_path
-    is_local = base and Path(base).exists()
-    name = Path(base).name if is_local else base
+    local = Path(base) if base and Path(base).exists() else None
+    name = local.name if local else base
     facts = {
-        "base model": (f"{name} (a local folder)" if is_local else name) or "not named",
+        "base model": (f"{name} (a local folder)" if local else name) or "not named",
         "task": task or "not named",
         **{name: f"{value:.4g}" for name, value in metric.items()},
         "rank": f"{min(ranks.values())} to {max(ranks.values())}",
     }
     escaped = {str(k).replace("|", r"\|"): str(v).replace("|", r"\|") for k, v in facts.items()}
     front = ModelCardData(
-        base_model=None if is_local else base,
+        base_model=None if local else base,
         library_name="peft",
         tags=["lora", "dynamic-rank", "arxiv:2405.17357"],
     )

@@ -2,8 +2,9 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import cast
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 
 from drlora_ref.allocator import check_scoring
 from drlora_ref.schedule import BudgetSchedule
@@ -19,7 +20,8 @@ class _MethodName(str):
     value = name = property(str.__str__)
 
 
-DYNAMIC_RANK = _MethodName("drlora_ref.DYNAMIC_RANK")
+# To a type checker it is what it stands in for.
+DYNAMIC_RANK = cast(PeftType, _MethodName("drlora_ref.DYNAMIC_RANK"))
 
 
 @dataclass

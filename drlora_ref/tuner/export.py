@@ -5,6 +5,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
+from typing import cast
 
 import matplotlib.pyplot as plt
 import torch
@@ -110,7 +111,9 @@ def fold(components: RankOneComponents, pad_to: int = 0) -> tuple[Tensor, Tensor
     return F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))
 
 
-def _take_apart(model: nn.Module, adapter_name: str | None):
+def _take_apart(
+    model: nn.Module, adapter_name: str | None
+) -> tuple[dict[str, RankOneComponents], dict[str, Tensor], LoraConfig]:
     """(components by module name, the head's tensors by PEFT's names, a LoraConfig to fill in)."""
     if isinstance(model, PeftModel):
         tuner = find_tuner(model)
@@ -134,11 +137,11 @@ def _take_apart(model: nn.Module, adapter_name: str | None):
         if p.requires_grad and id(p) not in ours and not in_head(name):
             raise ValueError(f"{name} was trained too, and a LoRA adapter cannot hold it")
     kind = type(model).__name__.split("For")[-1]
-    name = getattr(getattr(model, "config", None), "name_or_path", None)
+    loaded_from = getattr(getattr(model, "config", None), "name_or_path", None)
     config = LoraConfig(
         task_type=TASK_TYPES.get(kind),
         modules_to_save=head_modules(model),
-        base_model_name_or_path=name or None,
+        base_model_name_or_path=loaded_from or None,
     )
     return layers, head, config
 
@@ -177,19 +180,25 @@ def _targets(ranks: dict[str, int]) -> list[str] | str:
     return kept
 
 
-def _write(folder: Path, config: LoraConfig, tensors, card: str, ranks: dict[str, int]) -> None:
+def _write(
+    folder: Path,
+    config: LoraConfig,
+    tensors: dict[str, Tensor],
+    card: str,
+    ranks: dict[str, int],
+) -> None:
     """All files whole in a folder of their own first, then each moved in."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
-        unfinished = Path(unfinished)
-        axes = plot_rank_heatmap(ranks)
-        axes.figure.savefig(unfinished / "rank_map.png")
-        plt.close(axes.figure)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as made:
+        unfinished = Path(made)
+        figure = cast(plt.Figure, plot_rank_heatmap(ranks).figure)  # a whole one, no SubFigure
+        figure.savefig(unfinished / "rank_map.png")
+        plt.close(figure)
         (unfinished / "README.md").write_text(card)
         whole = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
         save_file(whole, unfinished / "adapter_model.safetensors", metadata={"format": "pt"})
         config.inference_mode = True
-        config.save_pretrained(unfinished)
+        config.save_pretrained(str(unfinished))
         settings = json.loads((unfinished / "adapter_config.json").read_text())
         if isinstance(settings["target_modules"], list):
             settings["target_modules"].sort()  # PEFT keeps a set, whose order changes by process

@@ -4,6 +4,7 @@ import json
 import warnings
 import zlib
 from dataclasses import asdict
+from typing import cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -76,12 +77,16 @@ class DynamicRankLinear(nn.Module, BaseTunerLayer):
             return result
         for name in self.active_adapters:
             if name in self.dynamic_rank_components:
-                result = result + self.dynamic_rank_components[name](x).to(result.dtype)
+                result = result + self.components(name)(x).to(result.dtype)
         return result
+
+    def components(self, adapter_name: str) -> RankOneComponents:
+        """The components of one adapter. Raises KeyError if it has none here."""
+        return cast(RankOneComponents, self.dynamic_rank_components[adapter_name])
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """ΔW of the surviving components of one adapter, materialised: (d_out, d_in)."""
-        return self.dynamic_rank_components[adapter_name].delta_weight()
+        return self.components(adapter_name).delta_weight()
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -110,6 +115,11 @@ class AllocatorState(nn.Module):
     whole numbers; and the generator of the score "random". The masks are in the components.
     """
 
+    ema: Tensor
+    last_step: Tensor
+    settings: Tensor
+    generator: Tensor
+
     def __init__(self, layers: dict[str, RankOneComponents], config: DynamicRankConfig, device):
         super().__init__()
         n = sum(layer.component_mask.numel() for layer in layers.values())
@@ -127,8 +137,10 @@ class AllocatorState(nn.Module):
         """Make the allocator anew, from the buffers, when it is next asked for."""
         self.allocator = None
 
-    def resume(self, layers: dict[str, RankOneComponents], config: DynamicRankConfig) -> None:
-        """Make the allocator go on where the buffers say.
+    def resume(
+        self, layers: dict[str, RankOneComponents], config: DynamicRankConfig
+    ) -> RankAllocator:
+        """An allocator that goes on where the buffers say; it is kept until forget().
 
         Raises ValueError without total_step, or if the steps so far were under other settings.
         """
@@ -146,22 +158,23 @@ class AllocatorState(nn.Module):
             if hasattr(self, "generator"):
                 allocator.generator.set_state(self.generator.cpu())
         self.allocator = allocator
+        return allocator
 
     @torch.no_grad()
-    def step(self, global_step: int) -> None:
+    def step(self, allocator: RankAllocator, global_step: int) -> None:
         """RankAllocator.step, remembered. Raises ValueError after the last step, too."""
-        if global_step > self.allocator.schedule.total_steps:
+        if global_step > allocator.schedule.total_steps:
             raise ValueError(
-                f"step {global_step} of total_step = {self.allocator.schedule.total_steps}: the "
+                f"step {global_step} of total_step = {allocator.schedule.total_steps}: the "
                 "budget was spread over fewer steps than there are; give the true number"
             )
-        self.allocator.step(global_step)
+        allocator.step(global_step)
         self.last_step.fill_(global_step)
         if global_step == 1:
-            self.settings.fill_(_checksum(self.allocator))
-        self.ema.copy_(self.allocator.ema)
+            self.settings.fill_(_checksum(allocator))
+        self.ema.copy_(allocator.ema)
         if hasattr(self, "generator"):
-            self.generator.copy_(self.allocator.generator.get_state())
+            self.generator.copy_(allocator.generator.get_state())
 
 
 def _forget(state: AllocatorState, _) -> None:

@@ -12,6 +12,7 @@ tested with.
 
 import copy
 from contextlib import contextmanager
+from typing import cast
 
 import peft
 import torch
@@ -62,10 +63,11 @@ class DynamicRankModel(BaseTuner):
 
     prefix = "dynamic_rank_"
     tuner_layer_cls = DynamicRankLinear
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | {
+    target_module_mapping: dict = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | {
         kind: list(known.matrices) for kind, known in BASE_MODELS.items()
     }
     uses_shared_state = True  # AllocatorState is here: a model without this wrapper cannot train
+    peft_config: dict[str, DynamicRankConfig]  # type: ignore[assignment]  # the base has any kind
 
     def __init__(self, model: nn.Module, peft_config, adapter_name: str, *args, **kwargs):
         adapted = [n for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
@@ -102,12 +104,20 @@ class DynamicRankModel(BaseTuner):
                     model.set_submodule(name, module.base_layer)
 
     def _create_and_replace(
-        self, config, adapter_name, target, target_name, parent, current_key, **_
+        self,
+        peft_config,
+        adapter_name,
+        target,
+        target_name,
+        parent,
+        current_key,
+        parameter_name=None,
+        **_,
     ) -> None:
         if isinstance(target, DynamicRankLinear):
-            return target.add(adapter_name, config)
+            return target.add(adapter_name, peft_config)
         check_target(current_key, target)
-        adapted = DynamicRankLinear(target, adapter_name, config)
+        adapted = DynamicRankLinear(target, adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             adapted.requires_grad_(False)
         self._replace_module(parent, target_name, adapted.train(target.training), target)
@@ -135,14 +145,22 @@ class DynamicRankModel(BaseTuner):
                 warn_unfinished(config, int(tensor))
         return loaded
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, **kwargs) -> None:
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
         self._check_merge(adapter_names)
-        super().merge_adapter(adapter_names, **kwargs)
+        super().merge_adapter(adapter_names, safe_merge)
 
-    def _unload_and_optionally_merge(self, merge: bool = True, adapter_names=None, **kwargs):
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ):
         if merge:
             self._check_merge(adapter_names)
-        return super()._unload_and_optionally_merge(merge, adapter_names=adapter_names, **kwargs)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _check_merge(self, adapter_names: list[str] | None) -> None:
         for name in adapter_names or self.active_adapters:
@@ -169,10 +187,14 @@ class DynamicRankModel(BaseTuner):
         """The components of each adapted matrix, by its name in the model that was given."""
         name = self.one_adapter(adapter_name)
         return {
-            module_name: module.dynamic_rank_components[name]
+            module_name: module.components(name)
             for module_name, module in self.model.named_modules()
             if isinstance(module, DynamicRankLinear) and name in module.dynamic_rank_components
         }
+
+    def memory(self, adapter_name: str | None = None) -> AllocatorState:
+        """What is saved of the adapter's allocator: its buffers."""
+        return cast(AllocatorState, self.dynamic_rank_state[self.one_adapter(adapter_name)])
 
     def schedule(self, adapter_name: str | None = None) -> BudgetSchedule:
         """The adapter's budget (Eq. 9). Raises ValueError while total_step is None."""
@@ -188,10 +210,8 @@ class DynamicRankModel(BaseTuner):
         Raises ValueError without total_step, or if the steps so far were under other settings.
         """
         name = self.one_adapter(adapter_name)
-        state = self.dynamic_rank_state[name]
-        if state.allocator is None:
-            state.resume(self.layers(name), self.peft_config[name])
-        return state.allocator
+        memory = self.memory(name)
+        return memory.allocator or memory.resume(self.layers(name), self.peft_config[name])
 
     def set_total_step(self, total_step: int, adapter_name: str | None = None) -> None:
         """Fill in T, for a trainer that knows it; the configuration that was given stays."""
@@ -199,16 +219,15 @@ class DynamicRankModel(BaseTuner):
         # PEFT goes on changing the object that it was given until its model is made; not after.
         self.peft_config[name] = copy.copy(self.peft_config[name])
         self.peft_config[name].total_step = total_step
-        self.dynamic_rank_state[name].found_total_step = True
-        self.dynamic_rank_state[name].forget()
+        self.memory(name).found_total_step = True
+        self.memory(name).forget()
 
     def update_and_allocate(self, global_step: int, adapter_name: str | None = None) -> None:
         """Algorithm 1, lines 7-9: score, smooth and prune, after optimizer step global_step.
 
         Raises ValueError if steps are left out or repeated, and as `allocator`.
         """
-        self.allocator(adapter_name)
-        self.dynamic_rank_state[self.one_adapter(adapter_name)].step(global_step)
+        self.memory(adapter_name).step(self.allocator(adapter_name), global_step)
 
     def rank_pattern(self, adapter_name: str | None = None) -> dict[str, int]:
         """Surviving components of each adapted matrix by name."""
@@ -219,7 +238,7 @@ class DynamicRankModel(BaseTuner):
     def check_pruned(self, adapter_name: str | None = None) -> None:
         """Raise ValueError unless the ranks are final: pruning has ended, what is gone is zero."""
         name = self.one_adapter(adapter_name)
-        config, steps = self.peft_config[name], int(self.dynamic_rank_state[name].last_step)
+        config, steps = self.peft_config[name], int(self.memory(name).last_step)
         if config.init_r != config.target_r and steps < self.schedule(name).t_end:
             raise ValueError(
                 f"adapter {name!r}: pruning has not ended, so its ranks are not those that were "

@@ -6,6 +6,7 @@ by `class MyTrainer(DynamicRankMixin, TheirTrainer)`.
 """
 
 import inspect
+from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers import Trainer, TrainerCallback
@@ -42,7 +43,7 @@ class DynamicRankCallback(TrainerCallback):
             raise ValueError(SHARDED)
         tuner = find_tuner(model)
         name = tuner.one_adapter()
-        saved = tuner.dynamic_rank_state[name]
+        saved = tuner.memory(name)
         fresh = saved.found_total_step and not int(saved.last_step)  # an attempt without a step
         if tuner.peft_config[name].total_step is None or fresh:
             tuner.set_total_step(state.max_steps)
@@ -86,12 +87,19 @@ def divides_its_loss(model: nn.Module) -> bool:
     does little harm: Trainer then divides a mean by the number of batches itself.
     """
     if hasattr(model, "accepts_loss_kwargs"):  # a model that says so itself is believed
-        return model.accepts_loss_kwargs
+        return bool(model.accepts_loss_kwargs)
     calls = inspect.unwrap(type(model).forward).__code__.co_names
     return "loss_function" in calls and getattr(model, "loss_type", None) in DIVIDED
 
 
-class DynamicRankMixin:
+# To a type checker the mix-in is a Trainer: it has what it asks of self, and super() is one.
+if TYPE_CHECKING:
+    _Trainer = Trainer
+else:
+    _Trainer = object
+
+
+class DynamicRankMixin(_Trainer):
     """Put before a Trainer class: adds DEM to its training loss, ranks to its logs, the callback.
 
         loss + dem_weight · R                      Eq. 10, until pruning has ended
@@ -107,6 +115,8 @@ class DynamicRankMixin:
 
     Raises TypeError for a model without a dynamic-rank adapter, ValueError under FSDP or DeepSpeed.
     """
+
+    model_accepts_loss_kwargs: bool
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
