@@ -8,13 +8,13 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_linear_schedule_with_warmup
 
 from drlora_ref.experiments.methods import Prepared, count_trainable, rank_pattern
 from drlora_ref.experiments.run.order import Numbers
 from drlora_ref.experiments.run.settings import Settings
 from drlora_ref.experiments.tasks.data import Inputs, share
 from drlora_ref.schedule import BudgetSchedule
+from drlora_ref.train import linear_warmup_and_decay
 
 
 class Engine(Protocol):
@@ -154,4 +154,5 @@ class OneModel:
 
 def warmed_up(optimizer: torch.optim.Optimizer, warmup: float, total_steps: int) -> LambdaLR:
     """Learning rates that rise in the first `warmup` (a share of all steps), then fall to 0."""
-    return get_linear_schedule_with_warmup(optimizer, int(warmup * total_steps), total_steps)
+    warmup_steps = int(warmup * total_steps)
+    return LambdaLR(optimizer, lambda t: linear_warmup_and_decay(t, warmup_steps, total_steps))
