@@ -199,7 +199,7 @@ def test_the_settings_reach_the_layers():
 @pytest.mark.parametrize(
     "method, given, message",
     [
-        ("dora", {}, "unknown method 'dora' \\(nearest: lora\\): use drlora, lora, .*, dora-wd"),
+        ("dora", {}, "unknown method 'dora' .nearest: .*lora.: use drlora, lora, .*, dora-wd"),
         ("drlora", {"dem_weight": -1.0}, "dem_weight = -1.0: must be 0"),
         ("drlora", {"score": "norm"}, "score = 'norm': must be one of"),
     ],

@@ -48,6 +48,7 @@ TINY = {
         decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64,
         max_position_embeddings=1024)),
 }  # fmt: skip
+OWN = ("minilm-l6", *TINY)  # models that need no hub
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,9 @@ def resolve_model(name: str) -> ModelSource:
         return _check_files(name, folder, f"local folder {name}")
     if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
         raise FileNotFoundError(f"model {name!r}: no such folder (it reads as a path, not a name)")
-    if near := nearest(name, ["minilm-l6", *TINY]):
-        own = ", ".join(["minilm-l6", *TINY])
-        raise ValueError(
-            f"unknown model {name!r} (nearest: {near}): use {own}, a folder, or a name on the hub"
-        )
+    if near := nearest(name, OWN):
+        use = f"{', '.join(OWN)}, a folder, or a name on the hub"
+        raise ValueError(f"unknown model {name!r} (nearest: {near}): use {use}")
     huggingface_hub.utils.validate_repo_id(name)
     what = f"model {name!r}"
     path = fetch_from_hub(what, huggingface_hub.snapshot_download, name, allow_patterns=FILES)
