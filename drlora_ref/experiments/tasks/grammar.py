@@ -184,7 +184,7 @@ WORDS = {
 
 def _draw(frame: str, half: int, rng: random.Random) -> str:
     """The frame with a word of this half in each {slot}; {person} and {person2} are two of them."""
-    picked = {}
+    picked: dict[str, str] = {}
     for slot in dict.fromkeys(re.findall(r"{(\w+)}", frame)):
         words = WORDS[slot.rstrip("2")][half].split(", ")
         picked[slot] = rng.choice([word for word in words if word not in picked.values()])
@@ -222,7 +222,8 @@ def grammar_sentences(split: str, seed: int = 0) -> list[dict]:
     half, rng = list(PAIRS).index(split), random.Random(f"{split} {seed}")
     pairs = []
     for phenomenon, halves in FRAMES.items():
-        found = {}  # a dict keeps the order in which the pairs were drawn, a set would not
+        # A dict keeps the order in which the pairs were drawn, a set would not.
+        found: dict[tuple[str, str], None] = {}
         for frame in cycle(halves[half]):
             found |= dict.fromkeys(_pairs(frame, half, rng))
             if len(found) >= PAIRS[split]:

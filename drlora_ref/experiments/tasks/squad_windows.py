@@ -70,18 +70,7 @@ def iterate_windows(
     if not 0 < max_length <= tokenizer.model_max_length:
         raise ValueError(f"max_length = {max_length}: must be 1 to {tokenizer.model_max_length}")
     texts, longest = cut_questions(questions, tokenizer)
-    special = tokenizer.num_special_tokens_to_add(pair=True)
-    room = max_length - longest - special
-    if room < 1:
-        raise ValueError(
-            f"max_length = {max_length}: must be more than {longest + special + stride}, since the "
-            f"longest question takes {longest} tokens, the special ones {special}, stride {stride}"
-        )
-    if not 0 <= stride < room:
-        raise ValueError(
-            f"stride = {stride}: must be 0 to {room - 1}, less than the {room} tokens that "
-            f"max_length = {max_length} leaves for the context beside the longest question"
-        )
+    _check_room(max_length, stride, longest, tokenizer.num_special_tokens_to_add(pair=True))
     for begin in range(0, len(texts), CHUNK):
         tokens = tokenizer(
             texts[begin : begin + CHUNK],
@@ -94,6 +83,20 @@ def iterate_windows(
         question = begin + np.array(tokens.pop("overflow_to_sample_mapping"))
         offsets = context_offsets(tokens.encodings, max_length)
         yield Windows(Dataset.from_dict(dict(tokens)), question, offsets)
+
+
+def _check_room(max_length: int, stride: int, longest: int, special: int) -> None:
+    room = max_length - longest - special
+    if room < 1:
+        raise ValueError(
+            f"max_length = {max_length}: must be more than {longest + special + stride}, since the "
+            f"longest question takes {longest} tokens, the special ones {special}, stride {stride}"
+        )
+    if not 0 <= stride < room:
+        raise ValueError(
+            f"stride = {stride}: must be 0 to {room - 1}, less than the {room} tokens that "
+            f"max_length = {max_length} leaves for the context beside the longest question"
+        )
 
 
 def cut_questions(questions: Dataset, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], int]:
