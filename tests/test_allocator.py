@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from drlora_ref import (
+    SCORES,
     BudgetSchedule,
     RankAllocator,
     dynamic_layers,
@@ -90,7 +91,7 @@ def test_ties_are_broken_by_position_across_layers_of_different_shapes():
     st.integers(1, 6),
     st.integers(2, 60),
     st.integers(1, 20),
-    st.sampled_from(["frobenius_share", "frobenius_norm", "abs_c", "random"]),
+    st.sampled_from(list(SCORES)),
 )
 def test_exactly_layers_times_target_r_survive(target_r, extra, n_layers, total, deltaT, score):
     model = layers_of_two_shapes(n_layers, r=target_r + extra)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from drlora_ref import planted
+from drlora_ref import SCORES, planted
 
 SMALL = dict(dim=16, init_r=6, target_r=2, total_steps=600)
 
@@ -36,7 +36,7 @@ def test_recovery_is_reproducible_and_leaves_the_global_generator_alone():
     assert planted.recover([0, 4], seed=4, **SMALL).relative_error != first.relative_error
 
 
-@pytest.mark.parametrize("score", ["frobenius_share", "frobenius_norm", "abs_c", "random"])
+@pytest.mark.parametrize("score", SCORES)
 def test_the_budget_is_exact_for_every_score(score):
     result = planted.recover([0, 1, 3, 4], score=score, **SMALL)
     assert sum(result.ranks) == 4 * 2 and list(result.rank_history)[-1] == 300
