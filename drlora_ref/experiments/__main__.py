@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("output_dir")
         command.add_argument("-f", dest="file", help="parameters from a YAML file")
         command.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    grid = commands.add_parser("grid", help="many runs of a notebook, each done once")
+    grid = commands.add_parser("grid", help="many runs, each done once")
     grid.add_argument("file", help="a YAML file as in notebooks/grids")
     grid.add_argument("--out", default="", help="by default runs/ and the file's name")
     grid.add_argument("--workers", type=int, default=1, help="runs at a time")
