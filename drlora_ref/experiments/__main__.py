@@ -5,7 +5,8 @@
         -f notebooks/settings/glue_laptop.yaml -p task cola -p seed 1
     python -m drlora_ref.experiments grid notebooks/grids/smoke_cola.yaml --workers 2
 
-A run's record, and the executed notebook and its figures, end up in the folder, here runs/mine.
+A run's record ends up in the folder, here runs/mine; beside it the executed notebook, its figures
+and run.log, which holds what its cells printed.
 On several devices: accelerate launch -m drlora_ref.experiments run ...
 """
 
