@@ -53,9 +53,13 @@ def write_notebook() -> None:
 
 
 def write_grid(text: str | None = None, **grid) -> str:
-    """grid.yaml in the current folder: this text, or a grid of the notebook with a tiny model."""
+    """grid.yaml in the current folder: this text, or a grid of the notebook with a tiny model.
+
+    With `notebook=None` the grid has no notebook.
+    """
     grid = {"notebook": "fake.ipynb", "parameters": {"data_dir": "generated"}, **grid}
     grid["parameters"] = {"model_name": "tiny-roberta", **grid["parameters"]}
+    grid = {name: value for name, value in grid.items() if value is not None}
     text = yaml.safe_dump(grid, sort_keys=False) if text is None else text
     Path("grid.yaml").write_text(text)
     return "grid.yaml"

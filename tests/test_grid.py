@@ -206,6 +206,38 @@ def test_never_more_jobs_at_once_than_workers_and_each_worker_has_a_gpu(workers,
     assert set(Counted.environments) == {"5", "GPU-7a"} if workers > 1 else {"5"}
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_job_that_cannot_be_started_is_an_error_and_nobody_waits_for_it(workers, monkeypatch):
+    class Full(Counted):
+        def submit(self, *given):
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr(submitit, "LocalExecutor", Full)
+    packs = [[f"task {n}"] for n in range(5)]
+    with pytest.raises(OSError, match="No space left"):
+        list(processes.on_this_machine(packs, Path("logs"), workers))
+
+
+def test_ctrl_c_while_jobs_are_being_started_ends_those_that_run(monkeypatch):
+    ended = threading.Event()
+
+    class Endless(Counted):
+        def submit(self, *given):
+            return SimpleNamespace(done=ended.is_set, job_id=1)
+
+    class Interrupted(processes.ThreadPoolExecutor):
+        def submit(self, function, pack):
+            if pack == ["task 1"]:
+                raise KeyboardInterrupt
+            return super().submit(function, pack)
+
+    monkeypatch.setattr(submitit, "LocalExecutor", Endless)
+    monkeypatch.setattr(processes, "ThreadPoolExecutor", Interrupted)
+    monkeypatch.setattr(processes, "_end", lambda job_id: ended.set())
+    with pytest.raises(KeyboardInterrupt):
+        next(processes.on_this_machine([["task 0"], ["task 1"]], Path("logs"), 1))
+
+
 def test_workers_share_the_processors_and_the_gpus(monkeypatch):
     monkeypatch.setattr(processes.torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(processes.torch.cuda, "device_count", lambda: 2)
@@ -218,11 +250,11 @@ def test_workers_share_the_processors_and_the_gpus(monkeypatch):
     assert processes.share_of_machine(1, 3)["CUDA_VISIBLE_DEVICES"] == ""
 
 
-def start_grid(*words: str) -> subprocess.Popen:
+def start_grid(*words: str, **how) -> subprocess.Popen:
     """A grid in a process group of its own, as a terminal gives it one."""
     command = [sys.executable, "-m", "drlora_ref.experiments", "grid", "grid.yaml", *words]
     pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen(command, start_new_session=True, **pipe)
+    return subprocess.Popen(command, start_new_session=True, **pipe, **how)
 
 
 def wait_for(condition, process=None, seconds=120):
@@ -266,9 +298,13 @@ def test_a_grid_that_was_killed_leaves_no_process_and_then_runs_only_what_is_mis
     assert files(next(Path("runs/grid").glob("seed1-*"))) == done
 
 
+def ignore_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def test_ctrl_c_ends_the_jobs_and_leaves_the_rest_to_do(capsys):
     file = write_grid(vary={"seed": [50, 51]})
-    process = start_grid()
+    process = start_grid(preexec_fn=ignore_ctrl_c)  # as a shell script starts what ends in &
     wait_for(kernels, process)
     os.killpg(process.pid, signal.SIGINT)  # as the terminal does it: to every process of the group
     out, _ = process.communicate(timeout=60)
@@ -409,6 +445,35 @@ def test_replicas_leave_the_records_of_single_runs(capsys):
     assert sorted(r["seed"] for r in found) == [0, 1, 2] and {r["replicas"] for r in found} == {3}
     assert main(["grid", file]) == 0  # the same runs, singly: they are done
     assert "0 done, 3 skipped" in capsys.readouterr().out
+
+
+def test_a_grid_without_a_notebook_leaves_the_records_of_single_runs(capsys):
+    """... of any parameter: no notebook takes `stride` of a GLUE task."""
+    small = dict(data_dir="generated", max_steps=8, deltaT=2, stride=64)
+    file = write_grid(notebook=None, parameters=small, vary={"method": ["lora", "bitfit"]})
+    assert main(["grid", file, "--workers", "2"]) == 0
+    assert "2 done, 0 skipped" in capsys.readouterr().out
+    for folder in Path("runs/grid").glob("*-*"):
+        record = read_record(folder)
+        assert record["key"] == folder.name.rsplit("-")[-1] and record["steps"] == 8
+        assert record["parameters"]["stride"] == 64
+        assert record["environment"]["threads"] == max(1, processes.torch.get_num_threads() // 2)
+        assert not list(folder.glob("*.ipynb"))
+    assert main(["grid", file]) == 0 and "0 done, 2 skipped" in capsys.readouterr().out
+
+
+def test_what_a_run_without_a_notebook_fails_of_is_one_line(capsys):
+    work, (item,) = processes.ProcessWork(), pack_of_one(write_grid(notebook=None))
+    item.folder.mkdir(parents=True)
+    (item.folder / "checkpoint.pt").write_text("cut")
+    with pytest.raises(RuntimeError, match=r"^ValueError: .*checkpoint\.pt") as caught:
+        work([item], {})
+    assert "\n" not in str(caught.value)
+
+
+def pack_of_one(file: str) -> processes.Pack:
+    (run,) = plan(read_grid(file), Path("runs/grid"))
+    return [run.work]
 
 
 def test_only_runs_that_may_share_an_encoder_are_packed_and_never_too_many():

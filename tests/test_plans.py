@@ -57,12 +57,19 @@ def test_the_notebook_gets_every_setting_that_it_has_whatever_its_own_values_are
     }  # fmt: skip
 
 
-def test_the_papers_settings_yield_to_what_is_written_beside_them(monkeypatch):
-    monkeypatch.setattr(
-        plans, "check_parameters", lambda *_: {f.name for f in plans.fields(Settings)}
-    )
+def test_without_a_notebook_a_run_is_given_all_its_settings():
+    beside = {"data_dir": "generated", "beta": 0.5, "stride": 64}
+    (run,) = plan(read_grid(write_grid(notebook=None, parameters=beside)), Path("runs"))
+    assert run.work.notebook is None
+    given = Settings(model_name="tiny-roberta", **beside)
+    assert Settings(**run.work.parameters) == given
+    assert not set(run.work.parameters) & set(plans.PLACES)
+
+
+def test_the_papers_settings_yield_to_what_is_written_beside_them():
     beside = {"data_dir": "generated", "table_8": "large", "learning_rate": 0.1}
-    file = write_grid(parameters=beside, vary={"task": ["rte"], "method": ["h-adapter"]})
+    vary = {"task": ["rte"], "method": ["h-adapter"]}
+    file = write_grid(notebook=None, parameters=beside, vary=vary)
     (run,) = plan(read_grid(file), Path("runs"))
     given = run.work.parameters
     assert (given["bottleneck"], given["epochs"], given["learning_rate"]) == (32, 80, 0.1)

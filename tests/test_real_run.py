@@ -1,7 +1,9 @@
 """Notebook 09 as the experiment that it is: run by papermill, judged by the record it writes."""
 
 import importlib.util
+import io
 import json
+import sys
 from pathlib import Path
 
 import nbformat
@@ -123,6 +125,61 @@ def test_an_impossible_run_ends_in_one_line_before_any_training(
     assert not [
         o for c in executed.cells for o in c.get("outputs", []) if "step " in o.get("text", "")
     ]
+
+
+TALKS = """
+import pathlib, sys, time
+print("early", sys.executable)
+ends = time.monotonic() + 60
+while not pathlib.Path(output_dir, "seen").exists() and time.monotonic() < ends:
+    time.sleep(0.05)
+print("heard" if time.monotonic() < ends else "not heard")
+print("a word of warning", file=sys.stderr)
+"""
+
+
+class Listener(io.StringIO):
+    """A terminal whose reader makes the file `seen` at the first words of the notebook."""
+
+    def __init__(self, seen: Path):
+        super().__init__()
+        self.seen = seen
+
+    def write(self, text: str) -> int:
+        if text.startswith("early"):
+            self.seen.touch()
+        return super().write(text)
+
+
+def test_what_a_notebook_prints_arrives_as_it_is_printed_and_stays_in_a_log(
+    tmp_path, monkeypatch, capfd
+):
+    elsewhere = tmp_path / "jupyter" / "kernels" / "python3"
+    elsewhere.mkdir(parents=True)
+    another = {"argv": ["/bin/false"], "display_name": "another", "language": "python"}
+    (elsewhere / "kernel.json").write_text(json.dumps(another))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    cells = [nbformat.v4.new_code_cell(text) for text in ('output_dir = "x"', TALKS)]
+    cells[0].metadata.tags = ["parameters"]
+    book = nbformat.v4.new_notebook(cells=cells)
+    book.metadata.kernelspec = dict(name="python3", display_name="Python 3", language="python")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    nbformat.write(book, "talks.ipynb")
+    terminal = Listener(Path("run", "seen"))
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", terminal)
+        run_notebook("talks.ipynb", "run", {})
+
+    said = [f"early {sys.executable}", "heard"]
+    first, *rest = terminal.getvalue().splitlines()
+    assert "run/run.log" in first and rest == said
+    assert sorted(Path("run/run.log").read_text().splitlines()) == sorted(
+        [*said, "a word of warning"]
+    )
+    assert capfd.readouterr().err.splitlines() == ["a word of warning"]  # and none of Jupyter's
+    kept = {path.name for path in Path().rglob("*")}
+    assert kept == {"talks.ipynb", "run", "run.log", "seen"}  # no sockets
 
 
 def test_a_missing_notebook_is_named(tmp_path, capsys):

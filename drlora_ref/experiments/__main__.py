@@ -5,7 +5,8 @@
         -f notebooks/settings/glue_laptop.yaml -p task cola -p seed 1
     python -m drlora_ref.experiments grid notebooks/grids/smoke_cola.yaml --workers 2
 
-A run's record, and the executed notebook and its figures, end up in the folder, here runs/mine.
+A run's record ends up in the folder, here runs/mine; beside it the executed notebook, its figures
+and run.log, which holds what its cells printed.
 On several devices: accelerate launch -m drlora_ref.experiments run ...
 """
 
@@ -52,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("output_dir")
         command.add_argument("-f", dest="file", help="parameters from a YAML file")
         command.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    grid = commands.add_parser("grid", help="many runs of a notebook, each done once")
+    grid = commands.add_parser("grid", help="many runs, each done once")
     grid.add_argument("file", help="a YAML file as in notebooks/grids")
     grid.add_argument("--out", default="", help="by default runs/ and the file's name")
     grid.add_argument("--workers", type=int, default=1, help="runs at a time")

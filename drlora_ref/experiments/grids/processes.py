@@ -146,19 +146,7 @@ def on_this_machine(packs: list[Pack], logs: Path, workers: int) -> Ended:
         slots.put(slot)
     stop = threading.Event()
 
-    def work(pack: Pack) -> submitit.Job:
-        slot = slots.get()
-        try:
-            share = share_of_machine(slot, workers)
-            job = executor.submit(ProcessWork(), pack, share, os.getpid())
-            while not job.done():
-                if stop.is_set():
-                    _end(int(job.job_id))
-                time.sleep(0.2)
-            return job
-        finally:
-            slots.put(slot)  # or, where no process could be started, the next pack would wait
-
+    work = partial(_start_and_wait, executor=executor, workers=workers, slots=slots, stop=stop)
     # A terminal sends Ctrl-C to all processes at once. These threads block it, and so does every
     # process that they start: this process alone hears it, and then ends the others.
     with ThreadPoolExecutor(
@@ -171,6 +159,26 @@ def on_this_machine(packs: list[Pack], logs: Path, workers: int) -> Ended:
         finally:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start_and_wait(
+    pack: Pack,
+    executor: submitit.LocalExecutor,
+    workers: int,
+    slots: SimpleQueue[int],
+    stop: threading.Event,
+) -> submitit.Job:
+    slot = slots.get()
+    try:
+        share = share_of_machine(slot, workers)
+        job = executor.submit(ProcessWork(), pack, share, os.getpid())
+        while not job.done():
+            if stop.is_set():
+                _end(int(job.job_id))
+            time.sleep(0.2)
+        return job
+    finally:
+        slots.put(slot)  # or, where no process could be started, the next pack would wait
 
 
 def _end(controller: int) -> None:
