@@ -6,6 +6,7 @@ from pathlib import Path
 import papermill
 import pytest
 import yaml
+from tiny_runs import COSTS
 
 from drlora_ref.experiments.__main__ import main
 from drlora_ref.experiments.grids.notebooks import run_notebook
@@ -49,7 +50,7 @@ def test_the_notebook_and_the_command_are_one_run(name, tmp_path):
     records = [read_record(tmp_path / door) for door in ("notebook", "command")]
     for record in records:
         assert {key: record["parameters"][key] for key in given} == given
-        for different in ("seconds", "evaluation_seconds", "parameters"):
+        for different in (*COSTS, "parameters"):
             del record[different]
     assert records[0] == records[1]
 

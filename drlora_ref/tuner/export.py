@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.models.auto import modeling_auto
 
 from drlora_ref.inject import head_modules, in_head
 from drlora_ref.layer import RankOneComponents, dynamic_layers
@@ -24,13 +25,13 @@ from drlora_ref.tuner.model import DynamicRankModel, find_tuner
 # In the order in which they are written: what PEFT reads first is last.
 FILES = ("rank_map.png", "README.md", "adapter_model.safetensors", "adapter_config.json")
 
-# PEFT's name for a kind of task, by the end of the class's name in transformers.
+# PEFT's name for a kind of task, and transformers' models that do it.
 TASK_TYPES = {
-    "SequenceClassification": "SEQ_CLS",
-    "TokenClassification": "TOKEN_CLS",
-    "QuestionAnswering": "QUESTION_ANS",
-    "CausalLM": "CAUSAL_LM",
-    "ConditionalGeneration": "SEQ_2_SEQ_LM",
+    "SEQ_CLS": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "TOKEN_CLS": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    "QUESTION_ANS": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    "SEQ_2_SEQ_LM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "CAUSAL_LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 }
 
 
@@ -136,10 +137,10 @@ def _take_apart(
     for name, p in model.named_parameters():
         if p.requires_grad and id(p) not in ours and not in_head(name):
             raise ValueError(f"{name} was trained too, and a LoRA adapter cannot hold it")
-    kind = type(model).__name__.split("For")[-1]
+    kind = type(model).__name__
     loaded_from = getattr(getattr(model, "config", None), "name_or_path", None)
     config = LoraConfig(
-        task_type=TASK_TYPES.get(kind),
+        task_type=next((t for t, kinds in TASK_TYPES.items() if kind in kinds.values()), None),
         modules_to_save=head_modules(model),
         base_model_name_or_path=loaded_from or None,
     )

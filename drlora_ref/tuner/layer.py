@@ -178,7 +178,7 @@ class AllocatorState(nn.Module):
 
 
 def _forget(state: AllocatorState, _) -> None:
-    # What has been loaded is the truth: an allocator of before is made anew at the next step.
+    # What was loaded counts from now on, so the next step makes a new allocator from it.
     state.forget()
 
 

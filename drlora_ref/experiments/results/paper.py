@@ -26,6 +26,7 @@ import pandas as pd
 import yaml
 
 from drlora_ref.experiments.given import check_name
+from drlora_ref.experiments.methods import METHODS
 from drlora_ref.train import count_steps
 
 FILE = Path(__file__).with_name("paper.yaml")
@@ -63,10 +64,8 @@ def settings(task: str, method: str, budget: str = "small") -> dict:
     model = "facebook/bart-base" if task == "xsum" else "roberta-base"
     given = {"task": task, "model_name": model, "method": method, **row}
     given |= paper["sizes"][method].get(budget, {})
-    if method in ("drlora", "adalora"):
-        given["deltaT"] = deltaT
-    if method == "drlora":
-        given |= {"dem_weight": coefficient / 2, "beta": paper["beta"]}
+    own = {"deltaT": deltaT, "dem_weight": coefficient / 2, "beta": paper["beta"]}
+    given |= {k: v for k, v in own.items() if k in METHODS[method].parameters}
     return given
 
 
@@ -77,9 +76,10 @@ def budget_name(parameters: dict) -> str:
     ('large', '')
     """
     # The budget is b(T): from how much it started, Table 6 varies.
-    method = {"dora-wd": "lora"}.get(parameters["method"], parameters["method"])
-    sizes = {name: {k: v for k, v in size.items() if k != "init_r"}
-             for name, size in _paper()["sizes"].get(method, {}).items()}  # fmt: skip
+    method, known = parameters["method"], _paper()["sizes"]
+    ranked = method in METHODS and "target_r" in METHODS[method].budget
+    found = known.get(method, known["lora"] if ranked else {})  # a method that the paper lacks
+    sizes = {name: {k: v for k, v in size.items() if k != "init_r"} for name, size in found.items()}
     for name, size in sizes.items():
         if all(parameters.get(key) == value for key, value in size.items()):
             return name
