@@ -21,13 +21,17 @@ run: $(READY)
 	  -f $(SETTINGS) -p task $(TASK) -p data_dir "$(DATA_DIR)" $(ARGS)
 
 # Unit tests, doctests and notebooks by papermill; then the equation notebooks compared output by
-# output (strict), and those that train run through (lax).
-# One thread: for models as small as the tests', a second one makes the first one wait.
+# output (strict), and those that train run through (lax). A process for each core, with one thread:
+# for models as small as the tests', a second one makes the first one wait.
+EACH_CORE := -n auto --maxprocesses 8
+
 test: export OMP_NUM_THREADS = 1
 test: $(READY)
-	$(BIN)/python -m pytest -q
-	$(BIN)/python -m pytest -q --nbval-lax --nbval-current-env notebooks/08_*.ipynb notebooks/13_*.ipynb
-	$(BIN)/python -m pytest -q --nbval --nbval-current-env notebooks/0[0-7]_*.ipynb
+	$(BIN)/python -m pytest -q $(EACH_CORE) --dist worksteal
+	$(BIN)/python -m pytest -q $(EACH_CORE) --dist loadfile --nbval-lax --nbval-current-env \
+	  notebooks/08_*.ipynb notebooks/13_*.ipynb
+	$(BIN)/python -m pytest -q $(EACH_CORE) --dist loadfile --nbval --nbval-current-env \
+	  notebooks/0[0-7]_*.ipynb
 
 # For whoever edits the paper's files: their tests and doctests, in under half a minute.
 quick: export OMP_NUM_THREADS = 1
