@@ -157,8 +157,9 @@ def environment(device: str = "") -> dict[str, str | int]:
         named = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
         name = named[1] if named else name
     # By name: to import them all takes seconds, and who writes a record has what it needs.
-    libraries = ("torch", "transformers", "peft", "datasets", "accelerate")
+    libraries = ("transformers", "peft", "datasets", "accelerate")
     versions = {name: importlib.metadata.version(name) for name in libraries}
+    versions["torch"] = str(torch.__version__)  # with the build, as +cpu: a wheel may leave it out
     versions["drlora_ref"] = drlora_ref.__version__  # which may run from a folder, not installed
     python, threads = platform.python_version(), torch.get_num_threads()
     return {"python": python, **versions, "device": name, "threads": threads}
