@@ -26,16 +26,16 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_every_case_meets_every_combination():
+def test_every_case_meets_every_combination_side_by_side():
     file = write_grid(cases=[{"method": "lora", "target_r": 4}, {"method": "drlora"}],
                       vary={"task": ["cola", "rte"], "seed": [0, 1]})  # fmt: skip
     sets = expand(read_grid(file))
     assert [label for label, _ in sets] == [
-        "lora-target_r4-cola-seed0", "lora-target_r4-cola-seed1", "lora-target_r4-rte-seed0",
-        "lora-target_r4-rte-seed1", "drlora-cola-seed0", "drlora-cola-seed1", "drlora-rte-seed0",
-        "drlora-rte-seed1",
+        "lora-target_r4-cola-seed0", "drlora-cola-seed0", "lora-target_r4-cola-seed1",
+        "drlora-cola-seed1", "lora-target_r4-rte-seed0", "drlora-rte-seed0",
+        "lora-target_r4-rte-seed1", "drlora-rte-seed1",
     ]  # fmt: skip
-    assert sets[1][1] == {"model_name": "tiny-roberta", "data_dir": "generated", "method": "lora",
+    assert sets[2][1] == {"model_name": "tiny-roberta", "data_dir": "generated", "method": "lora",
                           "target_r": 4, "task": "cola", "seed": 1}  # fmt: skip
 
 
@@ -97,6 +97,24 @@ def test_best_of_takes_the_rate_with_the_best_mean_for_each_method():
     assert [run.work.parameters["learning_rate"] for run in runs] == [2e-3, 1e-3]
 
 
+def test_best_of_chooses_several_parameters_together_and_apart_for_what_by_names():
+    """At this score the small batch is best with the higher rate, at that one the large batch."""
+    scores = {("abs_c", 16, 1e-3): 0.1, ("abs_c", 16, 2e-3): 0.9, ("abs_c", 32, 1e-3): 0.8,
+              ("random", 16, 2e-3): 0.2, ("random", 32, 2e-3): 0.3}  # fmt: skip
+    for number, ((score, size, rate), best) in enumerate(scores.items()):
+        target = Path("rates", str(number))
+        target.mkdir(parents=True)
+        given = dict(task="cola", method="drlora", score=score, batch_size=size, seed=100)
+        record = dict(status="completed", best=best, evaluations=[], steps=9, total_steps=9)
+        record["parameters"] = given | {"learning_rate": rate}
+        (target / "record.json").write_text(json.dumps(record | {"seed": 100}))
+    best_of = {"folder": "rates", "parameter": ["learning_rate", "batch_size"],
+               "by": ["method", "score"]}  # fmt: skip
+    file = write_grid(notebook=None, vary={"score": ["abs_c", "random"]}, best_of=best_of)
+    given = [run.work.parameters for run in plan(read_grid(file), Path("runs"))]
+    assert [(g["learning_rate"], g["batch_size"]) for g in given] == [(2e-3, 16), (2e-3, 32)]
+
+
 def test_best_of_without_records_says_what_to_do_first():
     grid = write_grid(best_of={"folder": "rates", "parameter": "learning_rate"})
     with pytest.raises(FileNotFoundError, match=r"below rates: run the grid that fills it"):
@@ -110,7 +128,7 @@ def test_best_of_without_records_says_what_to_do_first():
             {"seed": [1, 101]},
             r"rates has runs with the seeds \[101\] too: what is chosen on a seed",
         ),
-        ({"task": ["cola", "rte"]}, "rte: best_of has no runs of drlora on rte"),
+        ({"task": ["cola", "rte"]}, "rte: best_of has no runs of task = rte, method = drlora"),
     ],
 )
 def test_best_of_refuses_what_would_not_be_a_choice(vary, message):
@@ -136,7 +154,7 @@ MALFORMED = {
     "{notebook: fake.ipynb, parameters: {seed: 1}, vary: {seed: [0]}}": "sets seed in two places",
     "{notebook: fake.ipynb, cases: [{seed: 1}, {}], vary: {seed: [0]}}": "sets seed in two places",
     "{notebook: fake.ipynb, cost: {steps: 3}}": "cost needs optimizer_steps, gpu_hours, basis",
-    "{notebook: fake.ipynb, best_of: {folder: x}}": "best_of needs folder, parameter, not",
+    "{notebook: fake.ipynb, best_of: {folder: x}}": "best_of needs folder, parameter, by, not",
     "{notebook: fake.ipynb, cost: {optimizer_steps: 1e6, gpu_hours: 1, basis: none}}": "'1e6'",
     "{notebook: fake.ipynb, vary: {task: [[cola, rte]]}}": "['cola', 'rte'] must be a word, a numb",
     "{notebook: fake.ipynb, cases: [{seed: }]}": "None must be a word, a number, true or false",

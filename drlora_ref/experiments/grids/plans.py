@@ -6,6 +6,9 @@
     vary: {task: [cola, rte], seed: [0, 1]}   # every combination, with every case
     best_of: {folder: runs/rates, parameter: learning_rate}      # the best value in those runs
 
+What is best is looked up for each task and method, or for what `by: [task, method, score]` names;
+`parameter: [learning_rate, batch_size]` chooses both together.
+
 Without a line `notebook`, each run is what `python -m drlora_ref.experiments run` does: it leaves
 a record and no executed notebook, and any parameter of Settings may be set. With one, only those
 that the notebook takes.
@@ -43,18 +46,20 @@ KINDS = {
     "slurm": dict,
 }
 KEYS = {
-    "best_of": {"folder": str, "parameter": str},
+    "best_of": {"folder": str, "parameter": str | list, "by": list},
     "cost": {"optimizer_steps": int, "gpu_hours": int | float, "basis": str},
 }
 Parameters = dict[str, Value]
-Cell = tuple[Value, Value]  # (task, method)
+Cell = tuple[Value, ...]  # what a run has of the parameters in best_of's `by`
+CELL = ["task", "method"]
 
 
 class BestOf(TypedDict):
-    """Where to look for the best value, and of which parameter."""
+    """Where to look for the best values, of which parameters, and apart for what."""
 
     folder: str
-    parameter: str
+    parameter: list[str]
+    by: list[str]
 
 
 class Cost(TypedDict):
@@ -102,6 +107,10 @@ def read_grid(file: str | Path) -> Grid:
     Raises FileNotFoundError, and ValueError naming what is wrong.
     """
     grid = read_yaml(file)
+    if isinstance(best := grid.get("best_of"), dict):
+        one = best.get("parameter")
+        listed = {"parameter": [one]} if isinstance(one, str) else {}
+        grid["best_of"] = {"by": CELL} | best | listed
     check_known(f"{file}: a grid has no", grid, KINDS)
     for name, value in grid.items():
         if not isinstance(value, KINDS[name]):
@@ -125,13 +134,13 @@ def _check_sets(file: str | Path, grid: Grid) -> None:
         if not isinstance(case, dict):
             raise ValueError(f"{file}: the case {case!r} must be names with values")
     in_cases = {name for case in cases for name in case}
-    best = [grid["best_of"]["parameter"]] if "best_of" in grid else []
-    names = [*same, *in_cases, *vary, *best]
+    best = grid.get("best_of", {"parameter": [], "by": []})
+    names = [*same, *in_cases, *vary, *best["parameter"]]
     if twice := [name for name, times in Counter(names).items() if times > 1]:
         raise ValueError(f"{file} sets {', '.join(twice)} in two places")
     # Where a run is kept is the grid's to say.
     known = ["table_8", *(f.name for f in fields(Settings) if f.name not in PLACES)]
-    check_known(f"{file}: a run has no", names, known)
+    check_known(f"{file}: a run has no", [*names, *best["by"]], known)
     given = [value for one in (same, *cases) for value in one.values()]
     for value in itertools.chain(given, *vary.values()):
         if not isinstance(value, str | int | float):
@@ -139,14 +148,14 @@ def _check_sets(file: str | Path, grid: Grid) -> None:
 
 
 def expand(grid: Grid) -> list[tuple[str, Parameters]]:
-    """(label, parameters) of every run: each case with each combination of what varies.
+    """(label, parameters) of every run: each combination of what varies, with each case.
 
     >>> expand({"cases": [{"method": "lora"}], "vary": {"task": ["rte"], "seed": [0, 1]}})[1]
     ('lora-rte-seed1', {'method': 'lora', 'task': 'rte', 'seed': 1})
     """
     vary, sets = grid.get("vary", {}), []
-    for case in grid.get("cases", [{}]):
-        for values in itertools.product(*vary.values()):
+    for values in itertools.product(*vary.values()):  # what is to be compared comes side by side
+        for case in grid.get("cases", [{}]):
             chosen = case | dict(zip(vary, values, strict=True))
             words = [v if isinstance(v, str) else f"{name}{v}" for name, v in chosen.items()]
             label = re.sub(r"[^\w.+-]+", "_", "-".join(words))[:100] or "run"
@@ -163,7 +172,8 @@ def plan(grid: Grid, out: Path) -> list[PlannedRun]:
     sets, notebook = expand(grid), grid.get("notebook")
     taken = _taken(notebook, [chosen for _, chosen in sets])
     best = _best(grid, {chosen.get("seed", Settings.seed) for _, chosen in sets})
-    settings = [_settings(label, chosen, best, taken) for label, chosen in sets]
+    by = grid["best_of"]["by"] if "best_of" in grid else CELL
+    settings = [_settings(label, chosen, best, by, taken) for label, chosen in sets]
     places = sorted({(one.task, one.data_dir) for one in settings})
     data = {place: _look_at(*place) for place in places}
     names = sorted({one.model_name for one in settings})
@@ -207,18 +217,24 @@ def pack(runs: list[PlannedRun], replicas: int) -> list[list[PlannedRun]]:
 
 
 def _settings(
-    label: str, chosen: Parameters, best: dict[Cell, Parameters], taken: set[str]
+    label: str,
+    chosen: Parameters,
+    best: dict[Cell, Parameters],
+    by: list[str],
+    taken: set[str],
 ) -> Settings:
     """The settings of one run: the paper's, then the best ones, then what the grid says."""
     chosen = {"task": Settings.task, "method": Settings.method} | chosen
     pair = chosen["task"], chosen["method"]
+    cell = tuple(chosen.get(name, getattr(Settings, name)) for name in by)
     try:
         base = paper.settings(*pair, chosen.pop("table_8")) if "table_8" in chosen else {}
-        settings = Settings(**base | best.get(pair, {}) | chosen)
+        settings = Settings(**base | best.get(cell, {}) | chosen)
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from None
-    if best and pair not in best:
-        raise ValueError(f"{label}: best_of has no runs of {pair[1]} on {pair[0]}")
+    if best and cell not in best:
+        words = [f"{name} = {word}" for name, word in zip(by, cell, strict=True)]
+        raise ValueError(f"{label}: best_of has no runs of {', '.join(words)}")
     for name, value in asdict(settings).items():
         if name not in taken and value != getattr(Settings, name):
             raise ValueError(f"{label} needs {name} = {value!r}, which the notebook does not take")
@@ -226,10 +242,10 @@ def _settings(
 
 
 def _best(grid: Grid, seeds: set[Value]) -> dict[Cell, Parameters]:
-    """{(task, method): {parameter: value}}: the value with the best mean score in `best_of`."""
+    """{cell: {parameter: value}}: the values with the best mean score in `best_of`."""
     if "best_of" not in grid:
         return {}
-    folder, parameter = grid["best_of"]["folder"], grid["best_of"]["parameter"]
+    folder, names = grid["best_of"]["folder"], grid["best_of"]["parameter"]
     try:
         runs = summaries.load(folder)
     except FileNotFoundError as error:
@@ -239,8 +255,13 @@ def _best(grid: Grid, seeds: set[Value]) -> dict[Cell, Parameters]:
             f"best_of: {folder} has runs with the seeds {both} too: what is chosen on a seed must "
             "not be reported on it"
         )
-    chosen = summaries.choose(runs, parameter)
-    return {cell: {parameter: value} for cell, value in chosen.items()}
+    renamed = {"score": "importance_score"}  # as the column is called
+    by = [renamed.get(name, name) for name in grid["best_of"]["by"]]
+    chosen = summaries.choose(runs, names if len(names) > 1 else names[0], by)
+    return {
+        cell if len(by) > 1 else (cell,): dict(zip(names, value, strict=True))
+        for cell, value in ((c, v if len(names) > 1 else (v,)) for c, v in chosen.items())
+    }
 
 
 def _look_at(task: str, data_dir: str) -> tuple[str, int]:

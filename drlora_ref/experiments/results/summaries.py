@@ -193,30 +193,32 @@ def paired_difference(
 
 def choose(
     frame: pd.DataFrame,
-    parameter: str = "learning_rate",
+    parameter: str | Sequence[str] = "learning_rate",
     by: str | Sequence[str] = ("task", "method"),
     value: str = "score",
 ) -> dict:
     """{cell: the value of `parameter` with the best mean over seeds}; of equals the first in order.
+
+    Of several parameters, which are then chosen together, it is a tuple of their values.
 
     Read with care: the winner's score is flattered by having been picked. Report other seeds.
     Raises ValueError as `summarise` does, and where values were tried on unequal sets of seeds: the
     best of more draws looks better.
     """
     by = [by] if isinstance(by, str) else list(by)
-    _check(frame, [*by, parameter], value)
+    names = [parameter] if isinstance(parameter, str) else list(parameter)
+    _check(frame, [*by, *names], value)
     chosen = {}
     for key, cell in frame.groupby(by, dropna=False):
-        key = key if len(by) > 1 else key[0]
-        candidates = cell.groupby(parameter, dropna=False)
+        candidates = cell.groupby(names if len(names) > 1 else names[0], dropna=False)
         seeds = candidates.seed.agg(lambda tried: tuple(sorted(tried)))
         if seeds.nunique() > 1:
             tried = ", ".join(f"{candidate}: {list(s)}" for candidate, s in seeds.items())
-            raise ValueError(
-                f"{key}: each {parameter} must be tried on the same seeds, not {tried}"
-            )
+            named = " with ".join(names)
+            raise ValueError(f"{key}: each {named} must be tried on the same seeds, not {tried}")
         means = candidates[value].mean()
-        chosen[key] = means.index.tolist()[means.argmax()]  # a Python number, not one of NumPy's
+        best = means.index.tolist()[means.argmax()]  # Python numbers, not NumPy's
+        chosen[key if len(by) > 1 else key[0]] = best
     return chosen
 
 
