@@ -52,8 +52,9 @@ class DynamicRankModel(BaseTuner):
 
     What a training loop needs beyond PEFT's own methods (all can be called on the PeftModel):
     `dem_loss()` goes into the loss until pruning ends, times dem_weight; `update_and_allocate(t)`
-    is called after the t-th optimizer step and before zero_grad(), t = 1, 2, ..., T. Both concern the one active adapter,
-    as do `schedule()` and `rank_pattern()`. Each raises ValueError if several are active.
+    is called after the t-th optimizer step and before zero_grad(), t = 1, 2, ..., T. Both concern
+    the one active adapter, as do `schedule()` and `rank_pattern()`. Each raises ValueError if
+    several are active.
 
     Raises ValueError for a model that has adapters already.
 
