@@ -22,12 +22,19 @@ The names below are in the paper's order; read the files in that order too.
 """
 
 # isort: skip_file
-from drlora_ref.layer import DynamicLoRALinear, RankOneComponents, dynamic_layers  # Eq. 5-6
+from drlora_ref.layer import (  # Eq. 5-6
+    DynamicLoRALinear,
+    RankOneComponents,
+    ZWatch,
+    dynamic_layers,
+)
 from drlora_ref.importance import (  # Eq. 7-8
     SCORES,
     component_norms,
     ema_update,
     importance_scores,
+    loss_sensitivity,
+    output_norms,
     update_norm,
 )
 from drlora_ref.schedule import BudgetSchedule  # Eq. 9
@@ -50,6 +57,7 @@ __all__ = [
     "DynamicLoRALinear",
     "RankAllocator",
     "RankOneComponents",
+    "ZWatch",
     "component_norms",
     "count_parameters",
     "default_target_modules",
@@ -59,8 +67,10 @@ __all__ = [
     "ema_update",
     "importance_scores",
     "inject_adapters",
+    "loss_sensitivity",
     "mark_only_adapters_trainable",
     "merge_adapters",
+    "output_norms",
     "select_components",
     "update_norm",
 ]

@@ -1,7 +1,8 @@
 """Algorithm 1, lines 7-9: score, smooth, and keep the best components over all layers."""
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from drlora_ref.importance import SCORES, ema_update, random_scores
-from drlora_ref.layer import RankOneComponents, dynamic_layers, stack_by_shape
+from drlora_ref.layer import RankOneComponents, ZWatch, dynamic_layers, stack_by_shape
 from drlora_ref.schedule import BudgetSchedule
 
 
@@ -52,6 +53,43 @@ def check_scoring(score: str | Callable, beta: float) -> None:
         raise ValueError(f"beta = {beta}: must be at least 0 and less than 1")
 
 
+def needs(score: Callable) -> set[str]:
+    """What a score asks for by name beyond (lora_A, lora_B, lora_c): z_square, c_grad, or nothing.
+
+    >>> [sorted(needs(SCORES[name])) for name in ("frobenius_share", "output_norm")]
+    [[], ['z_square']]
+    """
+    return {"z_square", "c_grad"} & inspect.signature(score).parameters.keys()
+
+
+def seen_by_the_step(
+    layers: dict[str, Any], names: set[str], watch: ZWatch | None
+) -> dict[str, Sequence[Tensor]]:
+    """What scores need of the last step, by name: for each layer a tensor (..., r)."""
+    given: dict[str, Sequence[Tensor]] = {}
+    if "z_square" in names and watch:
+        given["z_square"] = watch.mean()
+    if "c_grad" in names:
+        given["c_grad"] = c_gradients(layers)
+    return given
+
+
+def c_gradients(layers: dict[str, Any]) -> list[Tensor]:
+    """The gradient of each layer's c. Raises ValueError if one has none at this point.
+
+    >>> c_gradients({"query": RankOneComponents(2, 2, r=1)})  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: query.lora_c has no gradient: call the allocator after optimizer.step() and ...
+    """
+    for name, layer in layers.items():
+        if layer.lora_c.grad is None:
+            raise ValueError(
+                f"{name}.lora_c has no gradient: call the allocator after optimizer.step() and "
+                "before optimizer.zero_grad()"
+            )
+    return [layer.lora_c.grad for layer in layers.values()]
+
+
 @torch.no_grad()
 def zero_pruned(layers: dict[str, Any]) -> None:
     """Set the c of every component outside its layer's mask to zero, in place."""
@@ -73,8 +111,12 @@ class RankAllocator:
 
     Arguments: `model`, or its adapted layers by name; `score` is a name in SCORES or a function
     like importance_scores; `seed` matters to "random" only, which draws from a generator of its
-    own. Raises ValueError for a model without adapted layers or with another number of components
-    than the schedule starts from, for an unknown score, and for beta outside [0, 1).
+    own. A score with a keyword argument z_square or c_grad is given the mean square of each aᵢᵀx
+    over the last step's rows, or the gradient of c; then step(t) belongs before zero_grad(). The
+    layers are watched for z_square until pruning has ended, by `watch` if the caller has one;
+    layers given by name have no model, so `allocator.watch.follow(model)` must say where padding
+    is read. Raises ValueError for a model without adapted layers or with another number of
+    components than the schedule starts from, for an unknown score, and for beta outside [0, 1).
 
     Read with care: once pruning has ended, zeros must be written again after every optimizer step.
     The gradient of a c at zero is not zero, and AdamW also remembers past gradients: either moves
@@ -97,6 +139,7 @@ class RankAllocator:
         beta: float = 0.9,
         score: str | Callable = "frobenius_share",
         seed: int = 0,
+        watch: ZWatch | None = None,
     ):
         self.layers, self.schedule, self.beta = dynamic_layers(model), schedule, beta
         if not self.layers:
@@ -114,15 +157,26 @@ class RankAllocator:
         self.generator = torch.Generator().manual_seed(seed)
         if score == "random":
             self.score = functools.partial(random_scores, generator=self.generator)
+        self.needs = needs(self.score)
+        self.watch = watch
+        if "z_square" in self.needs and not watch:
+            self.watch = ZWatch(list(self.layers.values()))
+            if isinstance(model, nn.Module):
+                self.watch.follow(model)
         self.last_step = 0
         self.ema = torch.zeros(sum(self.sizes))
 
     @torch.no_grad()
     def scores(self) -> Tensor:
-        """The unsmoothed score of every component: (N,), by position."""
+        """The unsmoothed score of every component: (N,), by position.
+
+        Read with care: a score of z_square takes up what was seen; it can be asked once a step.
+        """
+        given = seen_by_the_step(self.layers, self.needs, self.watch)
         by_layer: dict[int, Tensor] = {}
         for members, (A, B, c) in stack_by_shape(list(self.layers.values())):
-            by_layer.update(zip(members, self.score(A, B, c), strict=True))  # one row a layer
+            own = {name: torch.stack([each[i] for i in members]) for name, each in given.items()}
+            by_layer.update(zip(members, self.score(A, B, c, **own), strict=True))  # a row a layer
         return torch.cat([by_layer[i] for i in range(len(by_layer))])
 
     @torch.no_grad()
@@ -138,6 +192,8 @@ class RankAllocator:
             )
         self.last_step = global_step
         if self.schedule.pruning_ended(global_step):
+            if self.watch and self.watch.on:
+                self.watch.stop()
             return zero_pruned(self.layers)
         scores = self.scores()
         self.ema = ema_update(self.ema.to(scores), scores, self.beta)
@@ -191,3 +247,5 @@ class RankAllocator:
         self.last_step = state["last_step"]
         self.generator.set_state(state["generator"].cpu())
         self._set_mask(state["mask"])
+        if self.watch:
+            self.watch.start()

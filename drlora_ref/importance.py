@@ -1,5 +1,7 @@
 """Eq. 7-8: how much each rank-1 component matters, and the smoothing of that number over time."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -84,6 +86,57 @@ def abs_c(lora_A: Tensor, lora_B: Tensor, lora_c: Tensor) -> Tensor:
     return lora_c.abs()
 
 
+def output_norms(lora_A: Tensor, lora_B: Tensor, lora_c: Tensor, *, z_square: Tensor) -> Tensor:
+    """Size of what each component adds to its layer's answers: damage in answers, not in weights.
+
+        zᵢ = aᵢᵀx
+        E‖cᵢ bᵢaᵢᵀx‖² = cᵢ² ‖bᵢ‖² E(zᵢ²)
+        sᵢ = |cᵢ| ‖bᵢ‖₂ √E(zᵢ²)                      component_norms has ‖aᵢ‖₂ in the last place
+
+    An identity again: the answer is the vector bᵢ times the number cᵢzᵢ. The forward pass has
+    computed z, so no second pass is needed. Where E xxᵀ = I, E(zᵢ²) = ‖aᵢ‖², and the score is
+    component_norms; where a layer's inputs are long, or lie along aᵢ, it counts more.
+
+    Shapes: lora_A (..., r, d_in), lora_B (..., d_out, r), lora_c (..., r), z_square (..., r), the
+    mean of zᵢ² over the rows of the last step (ZWatch keeps it) -> (..., r)
+
+    Read with care: z is of the input after dropout, as the layer saw it. With dropout of p the
+    mean square grows by p / (1-p) · Σₖ aᵢₖ² E(xₖ²). What becomes of an answer further up is not
+    asked: a layer that nobody listens to scores as high as any other.
+
+    >>> A, c = torch.eye(2), torch.tensor([1.0, -2.0])
+    >>> x = torch.tensor([[6.0, 1.0], [8.0, 1.0]])  # z = x, its mean squares are 50 and 1
+    >>> output_norms(A, torch.eye(2), c, z_square=(x @ A.mT).square().mean(dim=0))
+    tensor([7.0711, 2.0000])
+    """
+    return lora_c.abs() * lora_B.norm(dim=-2) * z_square.sqrt()
+
+
+def loss_sensitivity(lora_A: Tensor, lora_B: Tensor, lora_c: Tensor, *, c_grad: Tensor) -> Tensor:
+    """How much the loss would change without each component, to first order: damage in the loss.
+
+        L(cᵢ = 0) - L ≈ -cᵢ ∂L/∂cᵢ
+        sᵢ = |cᵢ ∂L/∂cᵢ|
+
+    The backward pass has computed ∂L/∂c. The sign is dropped, so that a component counts if the
+    loss depends on it either way.
+
+    Shapes: lora_A (..., r, d_in), lora_B (..., d_out, r), lora_c (..., r), c_grad (..., r), the
+    gradient of the last step's loss -> (..., r)
+
+    Read with care: at a minimum the gradient is zero, however much would break. What is left there
+    is the noise of the batch. The gradient is that of the loss before the optimizer's step, with
+    Eq. 10 in it or not (DEM does not depend on c), and after clipping. Clipping scales all
+    gradients of a step alike: it changes no order within a step, but a clipped step counts less
+    in the average of Eq. 8 than its own gradient would.
+
+    >>> c, c_grad = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 0.125])
+    >>> loss_sensitivity(torch.eye(2), torch.eye(2), c, c_grad=c_grad)
+    tensor([0.5000, 0.2500])
+    """
+    return (lora_c * c_grad).abs()
+
+
 def random_scores(
     lora_A: Tensor, lora_B: Tensor, lora_c: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -98,11 +151,14 @@ def random_scores(
     return torch.rand(lora_c.shape, generator=generator, dtype=lora_c.dtype).to(lora_c.device)
 
 
-# The paper's criterion and the ones it argues against, by the names that `score=` takes.
-SCORES = {
+# The paper's criterion and its rivals, by the names that `score=` takes. What a score needs beyond
+# the components it asks for by name: z_square, c_grad. RankAllocator looks and brings it.
+SCORES: dict[str, Callable[..., Tensor]] = {
     "frobenius_share": importance_scores,
     "frobenius_norm": component_norms,
     "abs_c": abs_c,
+    "output_norm": output_norms,
+    "loss_sensitivity": loss_sensitivity,
     "random": random_scores,
 }
 

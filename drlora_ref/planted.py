@@ -5,14 +5,16 @@ update that each linear map needs is planted, with a rank of our choosing, and t
 (Eq. 6-9, one budget for all maps) looks for it through noisy input-output pairs.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from drlora_ref.allocator import RankAllocator
-from drlora_ref.layer import DynamicLoRALinear
+from drlora_ref.layer import DynamicLoRALinear, RankOneComponents
 from drlora_ref.schedule import BudgetSchedule
 
 SINGULAR_VALUE = 2.0  # of every planted direction, in every map
@@ -25,7 +27,8 @@ class RecoveryResult:
     """What `recover` found.
 
     planted_ranks, ranks: per map, as planted and as found. relative_error: Σ‖ΔW - ΔW*‖² / Σ‖ΔW*‖²
-    over all maps. spearman: rank correlation of the two lists (nan if one of them is constant).
+    over all maps; where inputs or losses differ, each norm is E‖·x‖², weighted as the loss.
+    spearman: rank correlation of the two lists (nan if one of them is constant).
     rank_history: {step: ranks} after every pruning event.
     """
 
@@ -83,50 +86,114 @@ def recover(
     noise: float = 0.5,
     score: str | Callable = "frobenius_share",
     seed: int = 0,
+    input_scales: list[float] | None = None,
+    loss_weights: list[float] | None = None,
+    stretch: float = 0.0,
 ) -> RecoveryResult:
     """Plant updates of known rank, train the whole method on them, and say what it found.
 
         y = ΔW* x + noise · N(0, I),  x ~ N(0, I)      64 fresh pairs per map and step
         loss = Σ over maps of mean (ΔW x - y)²          ΔW of Eq. 6, base weight 0, scaling 1
 
+    Three ways in which maps may differ beyond their rank, each off by default:
+    input_scales: one number a map; its x is so many times longer, and its ΔW* divided by it, so
+        that the answers keep their size.
+    loss_weights: one number a map, by which its part of the loss is multiplied.
+    stretch: decades from the shortest to the longest direction of x, log-spaced, in every map.
+
     AdamW without decay, no dropout, DEM off; schedule and allocator as everywhere. A seed of 1,500
-    steps takes seconds on a CPU. Raises ValueError as `plant` and BudgetSchedule do, or for an
-    unknown score.
+    steps takes seconds on a CPU. Raises ValueError as `plant` and BudgetSchedule do, for an unknown
+    score, or for numbers of maps that are out of range or not one a map.
 
     >>> recover([0, 2], dim=8, init_r=4, target_r=1, total_steps=400, noise=0.0).ranks
     [0, 2]
     """
     if noise < 0:
         raise ValueError(f"noise = {noise}: a standard deviation, must be at least 0")
+    scales, weights = of_each_map(planted_ranks, input_scales, loss_weights)
+    lengths = scales * directions(dim, stretch)  # (maps, 1, dim)
     schedule = BudgetSchedule(init_r, target_r, total_steps)
     draw = torch.Generator().manual_seed(seed)
-    truth = plant(planted_ranks, dim, draw)
+    truth = plant(planted_ranks, dim, draw) / scales
     with torch.random.fork_rng(devices=[]):  # the layers draw from the global generator
         torch.manual_seed(seed)
         layers, stacks = stacked_layers(len(planted_ranks), dim, init_r)
     allocator = RankAllocator(layers, schedule, score=score, seed=seed)
-    A, B, c = stacks["lora_A"], stacks["lora_B"], stacks["lora_c"]
     optimizer = torch.optim.AdamW(stacks.values(), lr=LEARNING_RATE, weight_decay=0.0)
 
     history = {}
     for step in range(1, total_steps + 1):
-        x = torch.randn(len(planted_ranks), BATCH, dim, generator=draw)
+        x = lengths * torch.randn(len(planted_ranks), BATCH, dim, generator=draw)
         y = x @ truth.mT + noise * torch.randn(x.shape, generator=draw)
-        prediction = (x @ A.mT * c.unsqueeze(-2)) @ B.mT  # (maps, batch, dim)
-        loss = (prediction - y).square().mean(dim=(1, 2)).sum()
         optimizer.zero_grad()
-        loss.backward()
+        train_together(allocator.layers, stacks, x, y, weights)
         optimizer.step()
         allocator.step(step)
         if schedule.prunes_at(step):
             history[step] = list(allocator.rank_pattern().values())
 
     found = torch.stack([layer.delta_weight() for layer in allocator.layers.values()])
-    error = (found - truth).square().sum() / truth.square().sum()
+    seen = weights.sqrt().view(-1, 1, 1) * lengths  # E‖Mx‖² = ‖M · lengths‖²
+    error = ((found - truth) * seen).square().sum() / (truth * seen).square().sum()
     ranks = list(allocator.rank_pattern().values())
     return RecoveryResult(
         list(planted_ranks), ranks, error.item(), rank_correlation(planted_ranks, ranks), history
     )
+
+
+def of_each_map(
+    planted_ranks: list[int], input_scales: list[float] | None, loss_weights: list[float] | None
+) -> tuple[Tensor, Tensor]:
+    """Scales (maps, 1, 1) and weights (maps,): 1 where none are given.
+
+    Raises ValueError unless there is one a map, scales above 0, weights 0 or more and not all 0.
+    """
+    ones, tensors = [1.0] * len(planted_ranks), {}
+    for name, given in (("input_scales", input_scales), ("loss_weights", loss_weights)):
+        tensors[name] = torch.tensor(ones if given is None else given)
+        if tensors[name].shape != (len(ones),):
+            raise ValueError(f"{name} = {given}: must be {len(ones)} numbers, one for each map")
+    scales, weights = tensors.values()
+    if not (scales.isfinite().all() and (scales > 0).all()):
+        raise ValueError(f"input_scales = {input_scales}: each must be above 0 and finite")
+    if not (weights.isfinite().all() and (weights >= 0).all() and weights.any()):
+        raise ValueError(f"loss_weights = {loss_weights}: each must be 0 or more, and one above 0")
+    return scales.view(-1, 1, 1), weights
+
+
+def directions(dim: int, stretch: float) -> Tensor:
+    """Lengths of the directions of x, log-spaced over `stretch` decades: (dim,).
+
+    Raises ValueError if stretch is negative or not finite.
+
+    >>> directions(3, stretch=2.0)
+    tensor([ 0.1000,  1.0000, 10.0000])
+    """
+    if not 0 <= stretch < math.inf:
+        raise ValueError(f"stretch = {stretch}: decades, must be at least 0 and finite")
+    return torch.logspace(-stretch / 2, stretch / 2, dim)
+
+
+def train_together(
+    layers: dict[str, RankOneComponents],
+    stacks: dict[str, nn.Parameter],
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor,
+) -> None:
+    """Forward and backward pass of all maps; each layer gets the z and the gradient that are its.
+
+    Shapes: x, y (maps, batch, dim), weights (maps,)
+    """
+    A, B, c = stacks["lora_A"], stacks["lora_B"], stacks["lora_c"]
+    z = x @ A.mT  # (maps, batch, r)
+    prediction = (z * c.unsqueeze(-2)) @ B.mT  # (maps, batch, dim)
+    losses = (prediction - y).square().mean(dim=(1, 2))
+    (losses * weights).sum().backward()
+    for layer, own_z, c_grad in zip(layers.values(), z, cast(Tensor, c.grad), strict=True):
+        if layer.watch:
+            layer.watch(own_z)
+        layer.lora_c.grad = c_grad
 
 
 def rank_correlation(first: list[int], second: list[int]) -> float:

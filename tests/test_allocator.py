@@ -98,6 +98,7 @@ def test_exactly_layers_times_target_r_survive(target_r, extra, n_layers, total,
     schedule = BudgetSchedule(target_r + extra, target_r, total, deltaT=deltaT)
     allocator = RankAllocator(model, schedule, score=score)
     for step in range(1, total + 1):
+        sum(layer(torch.randn(5, 6)).sum() for layer in model).backward()
         allocator.step(step)
         kept = schedule.keep_count(step, n_layers * schedule.init_r)
         assert allocator.mask.sum() == kept or not schedule.prunes_at(step)
@@ -148,7 +149,7 @@ def test_momentum_alone_would_move_a_pruned_c_after_the_end():
     assert c.item() != 0
 
 
-@pytest.mark.parametrize("score", ["frobenius_share", "random"])
+@pytest.mark.parametrize("score", ["frobenius_share", "random", "output_norm", "loss_sensitivity"])
 @pytest.mark.parametrize("stop_at", [3, 12, 25])  # warm-up, pruning, mask fixed
 def test_saving_loading_and_going_on_is_bit_identical_to_never_stopping(score, stop_at):
     model = layers_of_two_shapes()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import random_components
+from conftest import random_components, random_extras
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,10 +38,13 @@ def test_score_equals_eq_7_on_materialised_matrices():
 @pytest.mark.parametrize("name", sorted(SCORES.keys() - {"random"}))
 def test_stacked_layers_score_as_each_alone(name):
     A, B, c = random_components(2, 3)
-    alone = [[SCORES[name](A[i, j], B[i, j], c[i, j]) for j in range(3)] for i in range(2)]
-    torch.testing.assert_close(
-        SCORES[name](A, B, c), torch.stack([torch.stack(row) for row in alone])
-    )
+    seen = random_extras(SCORES[name], c)
+    alone = [
+        SCORES[name](A[i, j], B[i, j], c[i, j], **{name: own[i, j] for name, own in seen.items()})
+        for i in range(2)
+        for j in range(3)
+    ]
+    torch.testing.assert_close(SCORES[name](A, B, c, **seen), torch.stack(alone).view(2, 3, -1))
 
 
 def test_squared_scores_sum_to_one_when_components_are_orthogonal():

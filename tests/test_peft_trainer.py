@@ -238,9 +238,10 @@ def test_dem_is_in_the_training_loss_until_pruning_ends_and_never_in_evaluation(
     torch.testing.assert_close(loss(T_END, run.model.eval()), task)
 
 
-def test_resuming_from_any_checkpoint_is_bit_identical(tmp_path):
+@pytest.mark.parametrize("score", ["random", "output_norm", "loss_sensitivity"])
+def test_resuming_from_any_checkpoint_is_bit_identical(score, tmp_path):
     def run(folder, **given):
-        model = adapted(score="random", total_step=T)  # its generator must be restored, too
+        model = adapted(score=score, total_step=T)  # the generator must be restored, too
         return trainer(folder, model, gradient_accumulation_steps=2, num_train_epochs=4, **given)
 
     whole = run(tmp_path / "whole", save_strategy="steps", save_steps=1)
@@ -506,9 +507,10 @@ def test_a_step_belongs_to_the_trainer_as_to_the_schedule(tmp_path):
     steps = []
 
     class Steps(DynamicRankCallback):
-        def on_step_end(self, args, state, control, model=None, **kwargs):
-            steps.append(state.global_step)
-            super().on_step_end(args, state, control, model=model, **kwargs)
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+            steps.append(state.global_step + 1)
+            assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+            super().on_optimizer_step(args, state, control, model=model, **kwargs)
 
     run = trainer(tmp_path, gradient_accumulation_steps=2)
     run.remove_callback(PrinterCallback)
@@ -516,6 +518,6 @@ def test_a_step_belongs_to_the_trainer_as_to_the_schedule(tmp_path):
     run.add_callback(Steps(adds_dem=True))
     run.train()
     assert steps == list(range(1, run.state.max_steps + 1)), (
-        "Trainer calls on_step_end at other moments than after each optimizer step: the allocator "
-        "would score and prune at the wrong steps"
+        "Trainer calls on_optimizer_step at other moments than after each optimizer step: the "
+        "allocator would score and prune at the wrong steps"
     )

@@ -21,6 +21,7 @@ from torch import nn
 from trainer_script import adapted, base_model, token_ids
 
 from drlora_ref import (
+    SCORES,
     BudgetSchedule,
     RankAllocator,
     RankOneComponents,
@@ -53,8 +54,8 @@ def train(model, steps: int = STEPS, first: int = 1) -> list[float]:
         loss = model(**batch()).loss + 0.1 * model.dem_loss()
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad()
         model.update_and_allocate(step)
+        optimizer.zero_grad()
         losses.append(loss.item())
     return losses
 
@@ -85,12 +86,14 @@ def test_components_and_head_train_and_nothing_else(capsys):
     )
 
 
-def test_the_tuner_computes_what_the_package_computes():
+@pytest.mark.parametrize("score", SCORES)
+def test_the_tuner_computes_what_the_package_computes(score):
     """Same seed, same loop: losses, masks, scores and DEM of inject_adapters, to the last bit."""
-    model = adapted(base_model(hidden_dropout_prob=0.0), total_step=STEPS, lora_dropout=0.0)
+    base = base_model(hidden_dropout_prob=0.0)
+    model = adapted(base, total_step=STEPS, lora_dropout=0.0, score=score)
     ours = inject_adapters(base_model(hidden_dropout_prob=0.0), r=3, lora_dropout=0.0)
     mark_only_adapters_trainable(ours)
-    allocator = RankAllocator(ours, BudgetSchedule(3, 2, STEPS, deltaT=2))
+    allocator = RankAllocator(ours, BudgetSchedule(3, 2, STEPS, deltaT=2), score=score)
     torch.manual_seed(7)
     theirs = train(model)
     ours.dem_loss, ours.update_and_allocate = lambda: dem_loss(ours), allocator.step

@@ -40,6 +40,8 @@ DIFFERENT = [
     dict(seed=3, init_r=5, target_r=2, score="abs_c"),
     dict(seed=4, curve="adalora", score="random"),
     dict(seed=5, score="frobenius_norm", target_r=1),
+    dict(seed=6, score="output_norm"),
+    dict(seed=7, init_r=4, score="loss_sensitivity"),
 ]
 
 
@@ -53,7 +55,7 @@ def settings(folder, *changes, **given) -> list[Settings]:
 
 @pytest.fixture(scope="module")
 def still(tmp_path_factory):
-    """A tiny encoder without dropout: random numbers are drawn otherwise for six than for one."""
+    """A tiny encoder without dropout: random numbers are drawn otherwise for many than for one."""
     folder = tmp_path_factory.mktemp("still")
     still_model(folder)
     return dict(model_name=str(folder), lora_dropout=0.0)
@@ -61,8 +63,8 @@ def still(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory, still):
-    """Six different replicas trained in one pass: (engine, their records)."""
-    runs, loop = set_up_replicas(settings(tmp_path_factory.mktemp("six"), *DIFFERENT, **still))
+    """Different replicas trained in one pass: (engine, their records)."""
+    runs, loop = set_up_replicas(settings(tmp_path_factory.mktemp("together"), *DIFFERENT, **still))
     trained = zip(runs, loop.run(), strict=True)
     return loop.engine, [one_run.make_record(ready, own) for ready, own in trained]
 
@@ -201,7 +203,7 @@ def run_until(step: int, given: list[Settings]) -> None:
 
 @pytest.mark.parametrize("step", [9, 26])
 def test_a_pass_that_was_cut_goes_on_to_the_same_records(step, tmp_path):
-    changes = [DIFFERENT[0], DIFFERENT[4], dict(seed=7, learning_rate=1e30)]
+    changes = [DIFFERENT[0], *DIFFERENT[4:], dict(seed=8, learning_rate=1e30)]
     whole = run_replicas(settings(tmp_path / "whole", *changes, max_steps=40))
     run_until(step, settings(tmp_path / "cut", *changes, max_steps=40))
     resumed = run_replicas(settings(tmp_path / "cut", *changes, max_steps=40))

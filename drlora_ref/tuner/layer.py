@@ -10,8 +10,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from drlora_ref.allocator import RankAllocator
-from drlora_ref.layer import RankOneComponents, like_base
+from drlora_ref.allocator import RankAllocator, needs
+from drlora_ref.importance import SCORES
+from drlora_ref.layer import RankOneComponents, ZWatch, like_base
 from drlora_ref.tuner.config import DynamicRankConfig
 
 
@@ -113,6 +114,9 @@ class AllocatorState(nn.Module):
 
     Buffers: ema (N,), the smoothed score of every component by position; last_step and settings,
     whole numbers; and the generator of the score "random". The masks are in the components.
+
+    The watch of a score that needs one is here from the start, since the first forward pass may
+    come before the allocator is made. Nothing of it is saved: each step starts it anew.
     """
 
     ema: Tensor
@@ -130,12 +134,17 @@ class AllocatorState(nn.Module):
             start = torch.Generator().manual_seed(config.seed).get_state()
             self.register_buffer("generator", start.to(device))
         self.allocator: RankAllocator | None = None
+        self.watch: ZWatch | None = None
+        if "z_square" in needs(SCORES[config.score]) and not config.inference_mode:
+            self.watch = ZWatch(list(layers.values()))
         self.found_total_step = False  # whether a trainer has filled it in
         self.register_load_state_dict_post_hook(_forget)
 
     def forget(self) -> None:
         """Make the allocator anew, from the buffers, when it is next asked for."""
         self.allocator = None
+        if self.watch:
+            self.watch.start()
 
     def resume(
         self, layers: dict[str, RankOneComponents], config: DynamicRankConfig
@@ -144,7 +153,9 @@ class AllocatorState(nn.Module):
 
         Raises ValueError without total_step, or if the steps so far were under other settings.
         """
-        allocator = RankAllocator(layers, config.schedule(), config.beta, config.score, config.seed)
+        allocator = RankAllocator(
+            layers, config.schedule(), config.beta, config.score, config.seed, self.watch
+        )
         allocator.last_step = int(self.last_step)
         if allocator.last_step:
             settings = _checksum(allocator)

@@ -52,8 +52,9 @@ class DynamicRankModel(BaseTuner):
 
     What a training loop needs beyond PEFT's own methods (all can be called on the PeftModel):
     `dem_loss()` goes into the loss until pruning ends, times dem_weight; `update_and_allocate(t)`
-    is called after the t-th optimizer step, t = 1, 2, ..., T. Both concern the one active adapter,
-    as do `schedule()` and `rank_pattern()`. Each raises ValueError if several are active.
+    is called after the t-th optimizer step and before zero_grad(), t = 1, 2, ..., T. Both concern
+    the one active adapter, as do `schedule()` and `rank_pattern()`. Each raises ValueError if
+    several are active.
 
     Raises ValueError for a model that has adapters already.
 
@@ -94,7 +95,11 @@ class DynamicRankModel(BaseTuner):
         if not hasattr(self, "dynamic_rank_state"):
             self.dynamic_rank_state = nn.ModuleDict()
         config = self.peft_config[adapter_name]
-        self.dynamic_rank_state[adapter_name] = AllocatorState(layers, config, *where)
+        state = AllocatorState(layers, config, *where)
+        self.dynamic_rank_state[adapter_name] = state
+        if state.watch:  # PEFT calls the tuner or the model inside it, by the kind of task
+            state.watch.follow(self)
+            state.watch.follow(model)
 
     def _take_out(self, model: nn.Module, adapter_name: str) -> None:
         for name, module in list(model.named_modules()):
@@ -128,6 +133,8 @@ class DynamicRankModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def delete_adapter(self, adapter_name: str) -> None:
+        if watch := self.memory(adapter_name).watch:
+            watch.stop()
         super().delete_adapter(adapter_name)
         del self.dynamic_rank_state[adapter_name]
 

@@ -21,9 +21,9 @@ SHARDED = "FSDP and DeepSpeed shard the components, DDP does not: use DDP"
 class DynamicRankCallback(TrainerCallback):
     """Runs the allocator after every optimizer step of a Trainer (Algorithm 1, lines 7-9).
 
-    A step is Trainer's `global_step`: accumulation counts once. The callback has no memory of its
-    own; EMA, masks and step count are buffers of the model, so they are in every checkpoint, and
-    resume_from_checkpoint goes on exactly.
+    A step is what Trainer's `global_step` counts: accumulation counts once. The callback has no
+    memory of its own; EMA, masks and step count are buffers of the model, so they are in every
+    checkpoint, and resume_from_checkpoint goes on exactly.
 
     It fills in the configuration's total_step where that is None. `load_best_model_at_end` chooses
     only among evaluations after pruning has ended: those before are of a model with more
@@ -65,12 +65,13 @@ class DynamicRankCallback(TrainerCallback):
                 "(resume_from_checkpoint), or take a fresh adapter"
             )
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        tuner = find_tuner(model)
-        tuner.update_and_allocate(state.global_step)
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        # Scores may need the gradients: before Trainer sets them to zero and counts the step.
+        tuner, step = find_tuner(model), state.global_step + 1
+        tuner.update_and_allocate(step)
         # This step's evaluation comes after this call, so what was best through t_end is forgotten
         # in the step after it.
-        if not tuner.schedule().pruning_ended(state.global_step - 1):
+        if not tuner.schedule().pruning_ended(step - 1):
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
     def on_train_end(self, args, state, control, model=None, **kwargs):

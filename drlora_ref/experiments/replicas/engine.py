@@ -60,6 +60,8 @@ class Replicas:
         self.allocator = ReplicaAllocator(
             self.layers, schedules, prunes, scores, self.shared.beta, seeds
         )
+        if self.allocator.watch:
+            self.allocator.watch.follow(model)
         weights = [s.dem_weight * prune for s, prune in zip(settings, prunes, strict=True)]
         self.adds_dem, self.dem_weights = any(weights), torch.tensor(weights, device=self.device)
         self.rows = PaddedRows([own.train for own in inputs], inputs[0].collate)

@@ -12,6 +12,7 @@ replica can see another.
 Here is what stands in the model; engine.py trains it, step.py allocates its components.
 """
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -94,13 +95,17 @@ class ReplicatedLoRALinear(nn.Module):
         sizes = torch.tensor([[len(c)] for c in cs])
         self.register_buffer("component_mask", (torch.arange(r) < sizes).to(device))
         self.register_buffer("scaling", torch.tensor(scalings).to(self.lora_c))
+        self.watch: Callable[[Tensor], None] | None = None  # as RankOneComponents'
 
     def forward(self, x: Tensor) -> Tensor:
         result = self.base_layer(x)
         rows = x.to(self.lora_A.dtype).reshape(len(self.lora_A), -1, x.shape[-1])
         c = self.scaling.unsqueeze(1) * self.lora_c
-        z = (self.lora_dropout(rows) @ self.lora_A.mT) * c.unsqueeze(1)  # (R, B · length, r)
-        return result + (z @ self.lora_B.mT).reshape(result.shape).to(result.dtype)
+        z = self.lora_dropout(rows) @ self.lora_A.mT  # (R, B · length, r)
+        if self.watch and self.training:
+            self.watch(z.reshape(*x.shape[:-1], -1))
+        update = (z * c.unsqueeze(1)) @ self.lora_B.mT
+        return result + update.reshape(result.shape).to(result.dtype)
 
 
 class ReplicatedLinear(nn.Module):

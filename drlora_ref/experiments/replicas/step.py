@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drlora_ref.allocator import select_components, zero_pruned
+from drlora_ref.allocator import needs, seen_by_the_step, select_components, zero_pruned
 from drlora_ref.experiments.replicas.model import ReplicatedLoRALinear
 from drlora_ref.importance import SCORES, ema_update
-from drlora_ref.layer import stack_by_shape
+from drlora_ref.layer import ZWatch, stack_by_shape
 from drlora_ref.regularizer import dem_penalty
 from drlora_ref.schedule import BudgetSchedule
 
@@ -44,18 +44,23 @@ class ReplicaAllocator:
         self.alive = first.component_mask.clone()
         self.prunes = torch.tensor(prunes, device=self.alive.device)
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.needs = set().union(*(needs(SCORES[name]) for name in scores))
+        self.watch = ZWatch(list(layers.values())) if "z_square" in self.needs else None
         n = self.alive.shape[1] * len(layers)
         self.ema = torch.zeros(len(prunes), n, device=self.alive.device)
 
     @torch.no_grad()
     def score(self) -> Tensor:
         """Each replica's components by its own criterion: (R, N), by position; padding scores 0."""
+        given = seen_by_the_step(self.layers, self.needs, self.watch)
         by_layer: dict[int, Tensor] = {}
         for members, (A, B, c) in stack_by_shape(list(self.layers.values())):  # (layers, R, r, d)
             chosen = torch.zeros_like(c)
+            seen = {name: torch.stack([each[i] for i in members]) for name, each in given.items()}
             for name in dict.fromkeys(self.scores):  # each criterion once
                 mine = torch.tensor([score == name for score in self.scores], device=c.device)
-                values = self._random(c) if name == "random" else SCORES[name](A, B, c)
+                own = {need: seen[need] for need in needs(SCORES[name])}
+                values = self._random(c) if name == "random" else SCORES[name](A, B, c, **own)
                 chosen = torch.where(mine[:, None], values, chosen)
             by_layer.update(zip(members, chosen * self.alive, strict=True))
         return torch.cat([by_layer[i] for i in range(len(by_layer))], dim=1)
@@ -77,6 +82,8 @@ class ReplicaAllocator:
         """
         schedule = self.schedules[0]  # the steps are those of all
         if schedule.pruning_ended(global_step):
+            if self.watch and self.watch.on:
+                self.watch.stop()
             return zero_pruned(self.layers)
         scores = self.score()
         # Of a replica that diverges the scores are not finite; select_components must not see that.
