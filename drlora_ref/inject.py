@@ -113,7 +113,15 @@ def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target)
 
 
-def _find_targets(model: nn.Module, target_modules: list[str]) -> dict[str, nn.Linear]:
+def find_targets(model: nn.Module, target_modules: list[str]) -> dict[str, nn.Linear]:
+    """The linear layers that these names, or ends of dotted names, mean; nothing in the head.
+
+    Raises ValueError naming a target that matches nothing, TypeError as check_target does.
+
+    >>> model = nn.ModuleDict({"query": nn.Linear(4, 4), "classifier": nn.Linear(4, 2)})
+    >>> list(find_targets(model, ["query"]))
+    ['query']
+    """
     modules = {n: m for n, m in model.named_modules() if not in_head(n)}
     found = {n: m for n, m in modules.items() if any(_matches(n, t) for t in target_modules)}
     linear = sorted({n.split(".")[-1] for n, m in modules.items() if isinstance(m, nn.Linear)})
@@ -149,7 +157,7 @@ def inject_adapters(
     """
     if isinstance(target_modules, str):
         target_modules = [target_modules]
-    targets = _find_targets(model, target_modules or default_target_modules(model))
+    targets = find_targets(model, target_modules or default_target_modules(model))
     for name, linear in targets.items():
         adapted = DynamicLoRALinear(linear, r, lora_alpha, lora_dropout)
         model.set_submodule(name, adapted.train(linear.training))

@@ -105,3 +105,15 @@ class BudgetSchedule:
     def pruning_ended(self, step: int) -> bool:
         """True once the mask is fixed: after t_end, not yet at it."""
         return step > self.t_end
+
+    def settled(self, step: int) -> bool:
+        """Whether what is measured after this step counts: pruning has ended, or nothing follows.
+
+        The two differ with tfinal = 0 alone: then the last step is t_end, and what is measured
+        after it is measured after the last cut.
+
+        >>> last_act = BudgetSchedule(3, 2, 100, tfinal=0)
+        >>> last_act.settled(99), last_act.settled(100), last_act.pruning_ended(100)
+        (False, True, False)
+        """
+        return self.pruning_ended(step) or step == self.total_steps

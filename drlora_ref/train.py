@@ -184,12 +184,13 @@ def verdict(evaluations: list[dict], schedule: BudgetSchedule, diverged_at: int 
 
     A run is "collapsed" if its last evaluation gave every example the same answer; `flagged_at` is
     then the first evaluation from which on it did. Metrics are None if there is no evaluation.
+    Best is taken where schedule.settled: after t_end, or at the last step.
     """
     status, flagged_at = ("diverged", diverged_at) if diverged_at else ("completed", None)
     if not diverged_at and evaluations and evaluations[-1]["collapsed"]:
         tail = list(itertools.takewhile(lambda e: e["collapsed"], reversed(evaluations)))
         status, flagged_at = "collapsed", tail[-1]["step"]
-    settled = [e["metric"] for e in evaluations if schedule.pruning_ended(e["step"])]
+    settled = [e["metric"] for e in evaluations if schedule.settled(e["step"])]
     return {
         "status": status,
         "flagged_at": flagged_at,

@@ -32,7 +32,7 @@ MODELS = {
     "bart": ("tiny-bart", AutoModelForSeq2SeqLM),
 }
 SCHEDULE = BudgetSchedule(3, 2, 30, tinit=4, tfinal=10, deltaT=4)
-WITH_RANKS = ("drlora", "lora", "adalora", "dora-wd")
+WITH_RANKS = ("drlora", "lora", "adalora", "dora-wd", "prune-once")
 every_method = pytest.mark.parametrize("method", METHODS)
 both_models = pytest.mark.parametrize("kind", MODELS)
 
@@ -88,6 +88,7 @@ def test_each_method_trains_the_head_and_exactly_its_own_parameters(method, kind
     extra = {
         "drlora": ["lora_A", "lora_B", "lora_c"],
         "lora": ["lora_A.default.weight", "lora_B.default.weight"],
+        "prune-once": ["lora_A.default.weight", "lora_B.default.weight"],
         "adalora": ["lora_A.default", "lora_B.default", "lora_E.default"],
         "dora-wd": ["lora_A.default.weight", "lora_B.default.weight",
                     "lora_magnitude_vector.default.weight"],
@@ -134,7 +135,7 @@ def test_ranks_are_named_by_the_modules_of_the_model_as_it_was_given(method):
     model = fresh()
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not in_head(n)]
     ranks = rank_pattern(prepare(method, model, SCHEDULE))
-    expected = {"drlora": 3, "adalora": 3, "lora": 2, "dora-wd": 2}
+    expected = {"drlora": 3, "adalora": 3, "prune-once": 3, "lora": 2, "dora-wd": 2}
     assert ranks == (dict.fromkeys(names, expected[method]) if method in expected else {})
 
 
@@ -413,7 +414,7 @@ def test_the_page_long_loop_trains_what_needs_no_more_than_an_allocator():
     rows = [{name: tensor[i] for name, tensor in batch().items()} for i in range(6)]
     collate = lambda rows: {k: torch.stack([row[k] for row in rows]) for k in rows[0]}  # noqa: E731
     evaluate = lambda model: {"metric": 0.0, "collapsed": False}  # noqa: E731
-    for method in ("drlora", "lora", "dora-wd", "bitfit"):
+    for method in ("drlora", "lora", "dora-wd", "bitfit", "prune-once"):
         prepared = prepare(method, fresh(), SCHEDULE)
         record = train(prepared.model, rows, collate, evaluate, SCHEDULE, prepared.allocator,
                        learning_rate=1e-2, batch_size=6)  # fmt: skip

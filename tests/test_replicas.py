@@ -76,7 +76,7 @@ def test_each_replica_follows_the_page_long_loop(i, together, still, tmp_path):
     model, allocator = ready.prepared.model, ready.prepared.allocator
     record = train(
         model,
-        *ready.inputs,
+        *ready.inputs[:3],
         ready.schedule,
         allocator,
         dem_weight=alone.dem_weight if allocator else 0.0,

@@ -32,8 +32,10 @@ from drlora_ref.experiments.grids import processes
 from drlora_ref.experiments.grids.notebooks import Value, check_parameters
 from drlora_ref.experiments.replicas.many_runs import can_be_replica, shared_settings
 from drlora_ref.experiments.results import paper, summaries
+from drlora_ref.experiments.run.rank_maps import find_rank_map, sha256_of
 from drlora_ref.experiments.run.settings import PLACES, Settings, run_key
 from drlora_ref.experiments.sources.models import resolve_model
+from drlora_ref.experiments.tasks.data import check_sizes
 from drlora_ref.experiments.tasks.families import FAMILIES
 
 KINDS = {
@@ -181,7 +183,8 @@ def plan(grid: Grid, out: Path) -> list[PlannedRun]:
     runs: dict[str, PlannedRun] = {}
     for (label, _), one in zip(sets, settings, strict=True):
         fingerprint, rows = data[one.task, one.data_dir]
-        key = run_key(one, fingerprint, models[one.model_name])
+        rank_map = sha256_of(find_rank_map(one, models[one.model_name]))
+        key = run_key(one, fingerprint, models[one.model_name], rank_map)
         if key in runs:
             raise ValueError(f"{runs[key].label} and {label} are the same run")
         folder = next(out.glob(f"*-{key}"), out / f"{label}-{key}")  # labels may change
@@ -270,10 +273,9 @@ def _look_at(task: str, data_dir: str) -> tuple[str, int]:
 
 
 def _steps(label: str, settings: Settings, rows: int) -> int:
-    if not 0 <= settings.train_size <= rows:
-        raise ValueError(f"{label}: train_size = {settings.train_size} of {rows} training rows")
     try:
-        T = settings.total_steps(settings.train_size or rows)
+        check_sizes(settings.task, rows, settings.train_size, settings.holdout)
+        T = settings.total_steps(settings.train_size or rows - settings.holdout)
         return settings.schedule(T).total_steps
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from None

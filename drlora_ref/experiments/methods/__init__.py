@@ -6,9 +6,9 @@ METHODS; a parameter of its own is a keyword argument here and a field of run/se
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -18,6 +18,8 @@ from drlora_ref.allocator import RankAllocator
 from drlora_ref.experiments.given import check_name
 from drlora_ref.experiments.methods.adalora import AdaLoRAAllocator, check_prunes
 from drlora_ref.experiments.methods.bottleneck import insert_adapters
+from drlora_ref.experiments.methods.prune_once import OneCut
+from drlora_ref.experiments.methods.rank_maps import lora_ranks
 from drlora_ref.inject import (
     count_parameters,
     default_target_modules,
@@ -29,18 +31,36 @@ from drlora_ref.regularizer import dem_loss
 from drlora_ref.schedule import BudgetSchedule
 
 
+class Allocator(Protocol):
+    """What changes a model's ranks while it trains."""
+
+    def step(self, global_step: int) -> None:
+        """After optimizer step number global_step."""
+
+    def rank_pattern(self) -> dict[str, int]:
+        """Surviving components of each matrix, by its name in the model that was given."""
+
+    def state_dict(self) -> dict:
+        """All that decides the next step."""
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where state_dict() was taken."""
+
+
 class Prepared(NamedTuple):
     """A model ready to train, and what its method asks of the training loop.
 
     allocator: None, or its `step(t)` is to be called after the t-th optimizer step and before the
-    gradients are cleared (AdaLoRA reads them). It has state_dict and load_state_dict.
+    gradients are cleared (AdaLoRA reads them).
     loss_term: None, or a function of the step's number t (from 1) that gives what belongs into that
     step's loss, once however many batches are accumulated; or None where that is nothing.
+    without_rank: matrices that a rank map leaves as they are; the model does not show them.
     """
 
     model: nn.Module
-    allocator: RankAllocator | AdaLoRAAllocator | None = None
+    allocator: Allocator | None = None
     loss_term: Callable[[int], Tensor | None] | None = None
+    without_rank: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,7 +90,7 @@ class Method:
         """The parameters of a run that concern this method and not every other one.
 
         >>> sorted(METHODS["lora"].parameters)
-        ['lora_alpha', 'lora_dropout', 'target_r']
+        ['lora_alpha', 'lora_dropout', 'permute_map', 'rank_map', 'target_r']
         """
         return {*self.budget, *self.own}
 
@@ -109,11 +129,35 @@ def drlora(
 
 
 def lora(
+    model: nn.Module,
+    schedule: BudgetSchedule,
+    *,
+    lora_alpha: float = 8,
+    lora_dropout: float = 0.1,
+    rank_map: Mapping[str, int] | None = None,
+    permute_map: int = 0,
+) -> Prepared:
+    """LoRA (2106.09685) by PEFT: target_r in every matrix, the same matrices, head and dropout.
+
+    With a rank_map each matrix has its own rank; permute_map is the seed by which matrices of one
+    shape swap theirs, 0 for none. Raises ValueError as rank_maps.lora_ranks does.
+    """
+    if rank_map is None:
+        ranks = dict(r=schedule.target_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout)
+        return Prepared(_with_peft(model, LoraConfig, **ranks))
+    given = lora_ranks(model, rank_map, permute_map, schedule.target_r, lora_alpha)
+    without = tuple(name for name in rank_map if name not in given["target_modules"])
+    adapted = _with_peft(model, LoraConfig, lora_dropout=lora_dropout, **given)
+    return Prepared(adapted, without_rank=without)
+
+
+def prune_once(
     model: nn.Module, schedule: BudgetSchedule, *, lora_alpha: float = 8, lora_dropout: float = 0.1
 ) -> Prepared:
-    """LoRA (2106.09685) by PEFT: target_r in every matrix, the same matrices, head and dropout."""
-    ranks = dict(r=schedule.target_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout)
-    return Prepared(_with_peft(model, LoraConfig, **ranks))
+    """LoRA by PEFT with init_r in every matrix, cut at t_end to target_r on average: see OneCut."""
+    ranks = dict(r=schedule.init_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout)
+    adapted = _with_peft(model, LoraConfig, **ranks)
+    return Prepared(adapted, OneCut(adapted, schedule))
 
 
 def dora_wd(
@@ -186,6 +230,7 @@ METHODS = {
     "bitfit": Method(bitfit),
     "full": Method(full),
     "dora-wd": Method(dora_wd, ("target_r",)),
+    "prune-once": Method(prune_once, ("init_r", "target_r")),
 }
 
 
@@ -216,7 +261,8 @@ def rank_pattern(prepared: Prepared) -> dict[str, int]:
     """Components of each matrix now, by its name in the model that was given; {} without ranks."""
     if prepared.allocator:
         return prepared.allocator.rank_pattern()
-    return {
+    ranks = dict.fromkeys(prepared.without_rank, 0)
+    return ranks | {
         name.removeprefix("base_model.model."): module.r["default"]
         for name, module in prepared.model.named_modules()
         if isinstance(module, LoraLayer)
@@ -224,20 +270,19 @@ def rank_pattern(prepared: Prepared) -> dict[str, int]:
 
 
 def count_trainable(prepared: Prepared) -> dict[str, int]:
-    """{"adapter": ..., "head": ...} as count_parameters, of AdaLoRA's components too the survivors.
+    """{"adapter": ..., "head": ...} as count_parameters, of PEFT's components too the survivors.
 
     With full fine-tuning "adapter" is the encoder.
     """
     counts = count_parameters(prepared.model)
-    if isinstance(prepared.allocator, AdaLoRAAllocator):
+    if isinstance(prepared.allocator, AdaLoRAAllocator | OneCut):
         counts["adapter"] = prepared.allocator.count_parameters()
     return counts
 
 
 def _with_peft(model: nn.Module, config_class: type[LoraConfig], **given: Any) -> PeftModel:
-    config = config_class(
-        target_modules=default_target_modules(model), modules_to_save=head_modules(model), **given
-    )
+    given = {"target_modules": default_target_modules(model)} | given
+    config = config_class(modules_to_save=head_modules(model), **given)
     with warnings.catch_warnings():
         # PEFT asks a question of transformers by its old name; the answer is the right one.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)

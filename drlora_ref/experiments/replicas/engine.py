@@ -16,7 +16,7 @@ from drlora_ref.experiments.replicas.step import ReplicaAllocator
 from drlora_ref.experiments.run.engine import warmed_up
 from drlora_ref.experiments.run.order import Numbers
 from drlora_ref.experiments.run.settings import Settings
-from drlora_ref.experiments.tasks.data import Inputs
+from drlora_ref.experiments.tasks.data import Final, Inputs
 from drlora_ref.inject import in_head
 from drlora_ref.schedule import BudgetSchedule
 
@@ -116,13 +116,20 @@ class Replicas:
         with self.accelerator.autocast():
             return [own.evaluate(together.of(i)) for i, own in enumerate(self.inputs)]
 
+    def final(self) -> list[Final]:
+        """As Engine's, in one pass too."""
+        together = Together(self.model, len(self.inputs))
+        with self.accelerator.autocast():
+            return [own.final(together.of(i)) for i, own in enumerate(self.inputs)]
+
     def outcome(self, run: int) -> dict:
         """As Engine's, the same numbers as of the run alone: padding does not count."""
         ranks = dict(zip(self.layers, self.allocator.ranks()[:, run].tolist(), strict=True))
         sizes = {n: m.lora_A.shape[2] + m.lora_B.shape[1] for n, m in self.layers.items()}
         head = [p[run] for name, p in self.trainable.items() if in_head(name)]
-        r, c = int(self.allocator.alive[run].sum()), int(self.prunes[run])
-        numbers = sum(r * (size + c) for size in sizes.values())
+        began_with = self.allocator.alive[:, run].sum(dim=1).tolist()  # components of each matrix
+        c = int(self.prunes[run])
+        numbers = sum(r * (size + c) for r, size in zip(began_with, sizes.values(), strict=True))
         size_of_head = sum(p.numel() for p in head)
         return {
             "rank_pattern": ranks,

@@ -17,7 +17,8 @@ from drlora_ref.experiments.run.settings import NOT_IN_KEY, PLACES, Settings
 from drlora_ref.experiments.tasks import glue
 
 # What runs on one encoder may differ in; all else of their settings they share.
-OWN = ("method", "seed", "init_r", "target_r", "learning_rate", "dem_weight", "score", "curve")
+OWN = ("method", "seed", "init_r", "target_r", "rank_map", "permute_map", "learning_rate",
+       "dem_weight", "score", "curve")  # fmt: skip
 
 
 def shared_settings(settings: Settings) -> dict:

@@ -30,7 +30,8 @@ class Part(NamedTuple):
     """What one run trains, taken out of its model: its components by matrix, and its head.
 
     components: {name: (lora_A (r, d_in), lora_B (d_out, r), lora_c (r,), scaling)}; LoRA's c is 1
-    and `prunes` False: it is not trained. head: {name of the parameter: its tensor}.
+    and `prunes` False: it is not trained. A matrix that a rank map leaves out is not there. head:
+    {name of the parameter: its tensor}.
     """
 
     components: dict[str, tuple[Tensor, Tensor, Tensor, float]]
@@ -76,15 +77,16 @@ class ReplicatedLoRALinear(nn.Module):
     Shapes: x (R · B, ..., d_in), replica by replica -> (R · B, ..., d_out); lora_A (R, r, d_in),
     lora_B (R, d_out, r), lora_c (R, r), component_mask (R, r) of bool, scaling (R,).
 
-    Fewer components than the largest r are filled up with zeros, and stay zero: a component whose
-    a, b and c are all 0 has no gradient. component_mask (R, r) is False for them.
+    Fewer components than r, the most that any run has in any matrix, are filled up with zeros, and
+    stay zero: a component whose a, b and c are all 0 has no gradient. component_mask (R, r) is
+    False for them.
     """
 
-    def __init__(self, base_layer: nn.Linear, parts: list[tuple], lora_dropout: float):
+    def __init__(self, base_layer: nn.Linear, parts: list[tuple], r: int, lora_dropout: float):
         super().__init__()
         self.base_layer = base_layer.requires_grad_(False)
         self.lora_dropout = nn.Dropout(lora_dropout)
-        r, device = max(len(c) for _, _, c, _ in parts), base_layer.weight.device
+        device = base_layer.weight.device
         As, Bs, cs, scalings = zip(*parts, strict=True)
         wide_A = [F.pad(A, (0, 0, 0, r - len(A))) for A in As]
         wide_B = [F.pad(B, (0, r - B.shape[1])) for B in Bs]
@@ -127,14 +129,16 @@ def replicate(model: nn.Module, parts: list[Part], lora_dropout: float) -> nn.Mo
 
     Raises ValueError if the runs adapt other matrices, or the head is more than linear layers.
     """
-    names = list(parts[0].components)
-    if any(list(part.components) != names for part in parts):
+    adapted = {name for part in parts for name in part.components}
+    names = [name for name, _ in model.named_modules() if name in adapted]
+    if any(part.prunes and list(part.components) != names for part in parts):
         raise ValueError("replicas must adapt the same matrices: these runs differ")
+    r = max(len(c) for part in parts for _, _, c, _ in part.components.values())
     model.requires_grad_(False)
     for name in names:
-        components = [part.components[name] for part in parts]
-        adapted = ReplicatedLoRALinear(model.get_submodule(name), components, lora_dropout)
-        model.set_submodule(name, adapted)
+        linear = model.get_submodule(name)
+        components = [part.components.get(name) or _no_components(linear) for part in parts]
+        model.set_submodule(name, ReplicatedLoRALinear(linear, components, r, lora_dropout))
     left = set(parts[0].head)
     for name, module in list(model.named_modules()):
         weight, bias = f"{name}.weight", f"{name}.bias"
@@ -145,6 +149,12 @@ def replicate(model: nn.Module, parts: list[Part], lora_dropout: float) -> nn.Mo
     if left:
         raise ValueError(f"the head's {', '.join(sorted(left))} cannot be replicated: run singly")
     return model
+
+
+def _no_components(linear: nn.Linear) -> tuple[Tensor, Tensor, Tensor, float]:
+    """What a run has in a matrix that its rank map leaves out."""
+    d_out, d_in = linear.weight.shape
+    return torch.zeros(0, d_in), torch.zeros(d_out, 0), torch.zeros(0), 1.0
 
 
 def replicated_layers(model: nn.Module) -> dict[str, ReplicatedLoRALinear]:

@@ -26,8 +26,9 @@ class ReplicaAllocator:
     have.
 
     Padding: a replica with a smaller init_r than r has rows of zeros behind its components, so that
-    all fit into one tensor. They are no components: `alive` (R, r) is False for them, they are
-    ranked below every score, and no budget counts them.
+    all fit into one tensor; with a rank map, more of them in one matrix than in another. They are
+    no components: `alive` (layers, R, r) is False for them, they are ranked below every score, and
+    no budget counts them.
     """
 
     def __init__(
@@ -40,13 +41,12 @@ class ReplicaAllocator:
         seeds: list[int],
     ):
         self.layers, self.schedules, self.scores, self.beta = layers, schedules, scores, beta
-        first = next(iter(layers.values()))
-        self.alive = first.component_mask.clone()
+        self.alive = torch.stack([layer.component_mask for layer in layers.values()])
         self.prunes = torch.tensor(prunes, device=self.alive.device)
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.needs = set().union(*(needs(SCORES[name]) for name in scores))
         self.watch = ZWatch(list(layers.values())) if "z_square" in self.needs else None
-        n = self.alive.shape[1] * len(layers)
+        n = self.alive.shape[2] * len(layers)
         self.ema = torch.zeros(len(prunes), n, device=self.alive.device)
 
     @torch.no_grad()
@@ -62,7 +62,7 @@ class ReplicaAllocator:
                 own = {need: seen[need] for need in needs(SCORES[name])}
                 values = self._random(c) if name == "random" else SCORES[name](A, B, c, **own)
                 chosen = torch.where(mine[:, None], values, chosen)
-            by_layer.update(zip(members, chosen * self.alive, strict=True))
+            by_layer.update(zip(members, chosen * self.alive[members], strict=True))
         return torch.cat([by_layer[i] for i in range(len(by_layer))], dim=1)
 
     def _random(self, c: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class ReplicaAllocator:
     def _prune(self, global_step: int, live: Tensor) -> None:
         layers = len(self.layers)
         keep = [s.keep_count(global_step, layers * s.init_r) for s in self.schedules]
-        padding = ~self.alive.repeat(1, layers)
+        padding = ~self.alive.transpose(0, 1).flatten(1)  # (R, N)
         ranked = self.ema.masked_fill(padding, BELOW_EVERY_SCORE)
         best = select_components(ranked, torch.tensor(keep))
         # LoRA's replicas and diverged ones: nothing changes, so their old mask is the new one.
@@ -113,7 +113,7 @@ class ReplicaAllocator:
             dem_penalty(A, B).sum(dim=0) * A.shape[-2]  # means over r, padding included
             for _, (A, B, _) in stack_by_shape(list(self.layers.values()))
         )
-        return total / (len(self.layers) * self.alive.sum(dim=1))
+        return total / self.alive.sum(dim=(0, 2))
 
     def state(self) -> dict[str, Any]:
         """All that decides the next step, for a checkpoint."""

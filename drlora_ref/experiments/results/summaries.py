@@ -13,7 +13,7 @@ from scipy.stats import t as student
 
 from drlora_ref.experiments.results.paper import budget_name, table
 from drlora_ref.experiments.run.records import read_record
-from drlora_ref.experiments.run.settings import NOT_IN_KEY
+from drlora_ref.experiments.run.settings import NOT_IN_KEY, Settings, steps_of
 from drlora_ref.schedule import BudgetSchedule
 
 NEEDED = ("task", "method", "status", "best", "evaluations", "steps", "total_steps")
@@ -69,7 +69,7 @@ def _row(path: Path) -> dict:
         "metric_name": record.get("metric_name", "metric"),
         "score": 0.0 if best is None and diverged else _number(best),
         **{name: _number(record.get(name)) for name in ("best", "best_ever", "last")},
-        **_further_metrics_at_best(record),
+        **_further_metrics_at_best(record, parameters),
         **{f"{part}_parameters": _number(counts.get(part)) for part in ("adapter", "head")},
         "total_steps": record["total_steps"],
         **{name: _number(record.get(name)) for name in COSTS},
@@ -91,9 +91,11 @@ def _further_metrics(frame: pd.DataFrame) -> list[str]:
     return columns[columns.index("last") + 1 : columns.index("adapter_parameters")]
 
 
-def _further_metrics_at_best(record: dict) -> dict[str, float]:
-    # Any r: the settled steps follow from T alone, for methods that do not prune too.
-    settled = BudgetSchedule(1, 1, record["total_steps"]).pruning_ended
+def _further_metrics_at_best(record: dict, parameters: dict) -> dict[str, float]:
+    # Any r: the settled steps follow from T and tfinal, for methods that do not prune too.
+    T = record["total_steps"]
+    tfinal = steps_of(parameters.get("tfinal", Settings.tfinal), T)
+    settled = BudgetSchedule(1, 1, T, tinit=0, tfinal=tfinal).settled
     for evaluation in record["evaluations"]:
         if settled(evaluation["step"]) and evaluation["metric"] == record["best"]:
             known = ("step", "epoch", "metric", "collapsed")
@@ -228,7 +230,7 @@ def _check(frame: pd.DataFrame, keys: list[str], value: str) -> None:
     if len(empty := frame[frame[value].isna()]):
         raise ValueError(f"no {value} in {', '.join(empty.folder)}: leave these out by name")
     parameters = list(frame.columns[: frame.columns.get_loc("status")])
-    free = (*NOT_IN_KEY, "seed")
+    free = {*NOT_IN_KEY, "seed"} - {"rank_map"}  # runs with maps from two places are two cells
     fixed = [name for name in (*parameters, *SAME_INPUTS) if name not in free]
     for key, cell in frame.groupby(keys, dropna=False):
         where = ", ".join(f"{name} = {word}" for name, word in zip(keys, key, strict=True))

@@ -1,18 +1,19 @@
 """What takes a run's optimizer steps: any method, one model, on one device or on several."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from drlora_ref.experiments.methods import Prepared, count_trainable, rank_pattern
 from drlora_ref.experiments.run.order import Numbers
 from drlora_ref.experiments.run.settings import Settings
-from drlora_ref.experiments.tasks.data import Inputs, share
+from drlora_ref.experiments.tasks.data import Final, Inputs, share
 from drlora_ref.schedule import BudgetSchedule
 from drlora_ref.train import linear_warmup_and_decay
 
@@ -38,6 +39,9 @@ class Engine(Protocol):
 
     def evaluate(self) -> list[dict]:
         """What the task's own evaluation says of each run."""
+
+    def final(self) -> list[Final]:
+        """What each run's last model says of the rows held out, and of every example."""
 
     def outcome(self, run: int) -> dict:
         """rank_pattern, trainable_parameters and trained_bytes of one run, for its record."""
@@ -116,11 +120,19 @@ class OneModel:
         return rank_pattern(self.prepared)
 
     def evaluate(self) -> list[dict]:
-        """The main process evaluates, the others wait for what it found."""
+        """As Engine's."""
+        return self._asked(self.inputs.evaluate)
+
+    def final(self) -> list[Final]:
+        """As Engine's."""
+        return self._asked(self.inputs.final)
+
+    def _asked(self, question: Callable[[nn.Module], Any]) -> list:
+        """The main process asks the model, the others wait for what it found."""
         found: list = [None]
         if self.accelerator.is_main_process:
             with self.accelerator.autocast():
-                found = [self.inputs.evaluate(self.plain)]
+                found = [question(self.plain)]
         return broadcast_object_list(found)
 
     def outcome(self, run: int) -> dict:

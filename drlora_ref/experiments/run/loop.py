@@ -20,6 +20,7 @@ from drlora_ref.experiments.run.engine import Engine
 from drlora_ref.experiments.run.order import Order
 from drlora_ref.experiments.run.records import peak_memory_mib
 from drlora_ref.experiments.run.settings import Settings
+from drlora_ref.experiments.tasks.data import Final
 from drlora_ref.schedule import BudgetSchedule
 from drlora_ref.train import CHECK_EVERY
 
@@ -54,11 +55,13 @@ class History:
 class Trained:
     """What training made of one run: its history, what the engine counts, and what it took.
 
+    final: what its last model was asked; None if the run diverged.
     seconds, evaluation_seconds and peak_memory_mib are of all `replicas` together.
     """
 
     history: History
     outcome: dict
+    final: Final | None
     replicas: int
     seconds: float
     evaluation_seconds: float
@@ -118,7 +121,7 @@ class Loop:
                 self._after(evaluates, saves)
             bar.update()
         bar.close()
-        return [self._trained(i) for i in range(len(self.histories))]
+        return [self._trained(i, final) for i, final in enumerate(self._final())]
 
     def _look(self) -> None:
         """Fetch the numbers of the steps since the last look, and flag what is not finite."""
@@ -162,6 +165,18 @@ class Loop:
             flush=True,
         )
 
+    def _final(self) -> list[Final | None]:
+        """Asked again of a run that was killed after its last checkpoint, with the same answers."""
+        if not any(self.live):
+            return [None] * len(self.live)
+        before = time.perf_counter()
+        found = zip(self.engine.final(), self.live, strict=True)
+        finals = [final if goes_on else None for final, goes_on in found]
+        spent = time.perf_counter() - before
+        self.seconds += spent
+        self.evaluation_seconds += spent
+        return finals
+
     def _metrics(self) -> str:
         latest = [history.evaluations[-1:] for history in self.histories]
         return ", ".join(f"{own[0]['metric']:.4f}" if own else "none" for own in latest)
@@ -196,10 +211,11 @@ class Loop:
         set_random_state(state["random"][rank])
         self.accelerator.print(f"goes on after step {self.step}")
 
-    def _trained(self, i: int) -> Trained:
+    def _trained(self, i: int, final: Final | None) -> Trained:
         return Trained(
             self.histories[i],
             self.engine.outcome(i),
+            final,
             len(self.histories),
             self.seconds,
             self.evaluation_seconds,

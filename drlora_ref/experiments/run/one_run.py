@@ -24,6 +24,7 @@ from drlora_ref.experiments.run.checkpoints import Checkpoint
 from drlora_ref.experiments.run.engine import OneModel
 from drlora_ref.experiments.run.loop import Loop, Trained
 from drlora_ref.experiments.run.order import Order
+from drlora_ref.experiments.run.rank_maps import RankMap, find_rank_map, sha256_of
 from drlora_ref.experiments.run.settings import NOT_IN_KEY, PRECISIONS, Settings, run_key
 from drlora_ref.experiments.sources.models import ModelSource, resolve_model
 from drlora_ref.experiments.tasks.data import Inputs, TaskData
@@ -47,7 +48,8 @@ def code_hash() -> str:
 class ReadyRun:
     """A run that is ready to go: everything that could be wrong has been looked at.
 
-    `prepared` is None once what it trains has been put into a model of many replicas.
+    `prepared` is None once what it trains has been put into a model of many replicas. `rank_map` is
+    what the settings name, as it was found; None if they name none.
     """
 
     settings: Settings
@@ -58,11 +60,13 @@ class ReadyRun:
     prepared: methods.Prepared | None
     inputs: Inputs
     accelerator: Accelerator
+    rank_map: RankMap | None = None
 
     @property
     def key(self) -> str:
         """`run_key` of this run."""
-        return run_key(self.settings, self.data.fingerprint, self.source.sha256)
+        hashes = self.data.fingerprint, self.source.sha256, sha256_of(self.rank_map)
+        return run_key(self.settings, *hashes)
 
 
 def rows_of(settings: Settings) -> dict:
@@ -73,7 +77,8 @@ def rows_of(settings: Settings) -> dict:
     >>> rows_of(Settings(seed=1, train_size=50)) == rows_of(Settings(seed=2, train_size=50))
     False
     """
-    names = ("task", "data_dir", "model_name", "train_size", *FAMILIES[settings.task].OPTIONS)
+    places = ("task", "data_dir", "model_name")
+    names = (*places, "train_size", "holdout", *FAMILIES[settings.task].OPTIONS)
     drawn_with = settings.seed if settings.train_size else None
     return {name: getattr(settings, name) for name in names} | {"drawn_with": drawn_with}
 
@@ -88,11 +93,12 @@ def set_up(settings: Settings, like: ReadyRun | None = None) -> ReadyRun:
     folder = records.check_output_dir(settings.output_dir, settings.overwrite)
     family = FAMILIES[settings.task]
     source = resolve_model(settings.model_name)
+    rank_map = find_rank_map(settings, source.sha256)
     if like is not None and rows_of(like.settings) == rows_of(settings):
         data, inputs = like.data, like.inputs
     else:
-        place = settings.task, settings.data_dir
-        data, inputs = family.load_task(*place, settings.train_size, settings.seed), None
+        sizes = settings.train_size, settings.seed, settings.holdout
+        data, inputs = family.load_task(settings.task, settings.data_dir, *sizes), None
     # What does not fit together shows before the data is encoded.
     settings.schedule(settings.total_steps(len(data.train)))
     accelerator = make_accelerator(settings.precision)
@@ -104,8 +110,12 @@ def set_up(settings: Settings, like: ReadyRun | None = None) -> ReadyRun:
     # An epoch is a pass over the encoded rows: a long text of SQuAD is several windows.
     schedule = settings.schedule(settings.total_steps(len(inputs.train)))
     own = {name: getattr(settings, name) for name in methods.METHODS[settings.method].own}
+    if "rank_map" in own:  # the settings say where it is, the method takes what is there
+        own["rank_map"] = rank_map.ranks if rank_map else None
     prepared = methods.prepare(settings.method, model, schedule, **own)
-    return ReadyRun(settings, folder, data, source, schedule, prepared, inputs, accelerator)
+    return ReadyRun(
+        settings, folder, data, source, schedule, prepared, inputs, accelerator, rank_map
+    )
 
 
 def make_accelerator(precision: str = "auto") -> Accelerator:
@@ -151,6 +161,7 @@ def _checkpoint(run: ReadyRun) -> Checkpoint:
             **{k: v for k, v in asdict(run.settings).items() if k not in NOT_IN_KEY},
             "data": run.data.fingerprint,
             "model": run.source.sha256,
+            "rank_map": sha256_of(run.rank_map),
             **circumstances(run.accelerator),
         },
     )
@@ -189,9 +200,13 @@ def claim(folder: Path) -> Iterator[None]:
 
 
 def write(run: ReadyRun, trained: Trained) -> records.Record:
-    """Write the run's record and drop its checkpoint; returns the record."""
+    """Write predictions and record of a run and drop its checkpoint; returns the record."""
     record = make_record(run, trained)
     if run.accelerator.is_main_process:
+        records.check_output_dir(run.folder, run.settings.overwrite)
+        if trained.final and trained.final.predictions:
+            written = records.write_predictions(trained.final.predictions, run.folder)
+            record["predictions"] = written
         records.write_record(record, run.folder, run.settings.overwrite)
         _checkpoint(run).remove()
     return record
@@ -209,6 +224,8 @@ def make_record(run: ReadyRun, trained: Trained) -> records.Record:
         "budget_curve": history.kept,
         **trained.outcome,
         "surviving_components": sum(trained.outcome["rank_pattern"].values()),
+        "holdout": trained.final.holdout if trained.final else None,
+        "predictions": None,  # write() names them once they are on the disk
         "steps": len(history.losses),
         "total_steps": run.schedule.total_steps,
         "seconds": round(trained.seconds, 2),
@@ -231,7 +248,15 @@ def make_record(run: ReadyRun, trained: Trained) -> records.Record:
         },
         "code": code_hash(),
         "key": run.key,
-        "parameters": asdict(settings),
+        "rank_map": run.rank_map
+        and {
+            "source": run.rank_map.source,
+            "sha256": sha256_of(run.rank_map),
+        },
+        "parameters": {
+            **asdict(settings),
+            "rank_map": records.without_place(settings.rank_map),
+        },
     }
     if trained.replicas > 1:
         record["replicas"] = trained.replicas

@@ -1,6 +1,8 @@
 """A run's record: one JSON file, written whole or not at all."""
 
+import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -12,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict
 
+import numpy as np
 import psutil
 import torch
 
@@ -39,6 +42,8 @@ class Record(TypedDict, total=False):
     budget_curve: list[list[int]]  # [step, surviving components] of each pruning event
     rank_pattern: dict[str, int]  # surviving components of each matrix
     surviving_components: int
+    holdout: dict[str, Any] | None  # of the last model: size, metric, collapsed, and further ones
+    predictions: dict[str, str] | None  # of the last model: file (beside the record), sha256
     trainable_parameters: dict[str, int]  # {"adapter", "head"}, counted as in the paper's tables
     # What it took
     trained_bytes: int  # of all tensors that were trained, without the optimizer's
@@ -55,9 +60,11 @@ class Record(TypedDict, total=False):
     environment: dict[str, Any]  # versions, device, threads, processes, precision
     code: str  # one_run.code_hash
     key: str  # settings.run_key
+    rank_map: dict[str, str] | None  # what the run was given: source, sha256
     parameters: dict[str, Any]  # every field of Settings
 
 
+PREDICTIONS = "predictions.npz"
 UNFINISHED = ".unfinished-"  # how the name of a file begins that is still being written
 TAKEN = "{} holds a record already: pass overwrite=True or take another output_dir"
 
@@ -90,6 +97,41 @@ def write_record(record: dict, output_dir: str | Path, overwrite: bool = False) 
     except FileExistsError:  # another process was faster
         raise FileExistsError(TAKEN.format(target)) from None
     return target
+
+
+def write_predictions(arrays: dict[str, np.ndarray], output_dir: str | Path) -> dict[str, str]:
+    """Write PREDICTIONS whole, in place of one that is there; returns what the record says of it.
+
+    Call it before write_record: a record names its predictions by their hash, so that whoever is
+    killed between the two leaves predictions without a record, and never the other way round.
+    """
+    content = _as_npz(arrays)
+    with whole_file(Path(output_dir, PREDICTIONS), overwrite=True) as file:
+        file.write(content)
+    return {"file": PREDICTIONS, "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _as_npz(arrays: dict[str, np.ndarray]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def read_predictions(folder: str | Path) -> dict[str, np.ndarray]:
+    """{"<split>_predictions": (n,), "<split>_labels": (n,)} of the run in a folder; {} without any.
+
+    Raises ValueError for a record that is cut short, and for predictions that are not those which
+    the record names.
+    """
+    named = read_record(folder).get("predictions")
+    if not named:
+        return {}
+    path = Path(folder, PREDICTIONS)
+    content = path.read_bytes() if path.exists() else b""
+    if hashlib.sha256(content).hexdigest() != named["sha256"]:
+        raise ValueError(f"{path} is not the file that the record beside it names: it was changed")
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 @contextmanager

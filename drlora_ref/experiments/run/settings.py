@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
 
 from drlora_ref.experiments.given import check_kind, check_name
 from drlora_ref.experiments.methods import METHODS, check_method
@@ -25,6 +26,9 @@ class Settings:
     Where Table 8 and Appendix E give a value for CoLA, it is the default; the rest is the authors'
     code's (lora_alpha, lora_dropout) or ours. Raises ValueError, naming the parameter, for a value
     of the wrong kind, out of range, or impossible beside the others: what is planned can be run.
+
+    Read with care: with one lora_alpha the methods do not have one scale. At 6 components cut to 2,
+    drlora's update is a third as strong as lora's. Compare them where each has its own best rate.
     """
 
     task: str = "cola"  # a name in FAMILIES
@@ -32,8 +36,10 @@ class Settings:
     model_name: str = "roberta-base"  # or a folder, another name on the hub, minilm-l6
     method: str = "drlora"  # a name in METHODS
     seed: int = 0  # of the head, the adapters, the order of the data and dropout
-    init_r: int = 3  # b(0), components per matrix at the start: drlora and adalora
+    init_r: int = 3  # b(0), components per matrix at the start, where a method prunes
     target_r: int = 2  # b(T), components per matrix at the end, on average; lora: its rank
+    rank_map: str = ""  # lora: a record, a folder of them, or a file with a rank for each matrix
+    permute_map: int = 0  # seed by which matrices of one shape swap their ranks; 0: they do not
     bottleneck: int = 8  # hidden units of an adapter: h-adapter and p-adapter
     learning_rate: float = 2e-3  # of AdamW, at its highest
     batch_size: int = 16  # examples, on all devices together
@@ -41,14 +47,17 @@ class Settings:
     max_steps: int = 0  # optimizer steps in all, T; 0: the epochs decide
     max_length: int = 128  # tokens; what is longer is cut (SQuAD: read in windows)
     train_size: int = 0  # training examples, drawn at random; 0: all
+    holdout: int = 0  # training examples never trained on, the same for every seed: a second test
     dem_weight: float = 0.15  # η, the weight of Eq. 10 as printed
+    tinit: float = 0.15  # share of all steps before the first pruning event
+    tfinal: float = 0.5  # share of all steps after the last one; 0: it is the last act
     deltaT: int = 10  # optimizer steps between two pruning events
     beta: float = 0.9  # memory of the smoothed score, Eq. 8
     score: str = (
         "frobenius_share"  # or frobenius_norm, output_norm, loss_sensitivity, abs_c, random
     )
     curve: str = "paper"  # Eq. 9; or adalora
-    lora_alpha: float = 8.0  # the scaling is lora_alpha / init_r (drlora) or / target_r (lora)
+    lora_alpha: float = 8.0  # scaling: lora_alpha / init_r (drlora, prune-once), / target_r (lora)
     lora_dropout: float = 0.1  # share of a layer's input that its adapter does not see
     weight_decay: float = 0.0  # of AdamW
     warmup: float = 0.06  # share of all steps in which the learning rate rises
@@ -77,6 +86,12 @@ class Settings:
                 value = getattr(self, name)
                 if not holds(value) or (type(value) is int and value >= 2**63):
                     raise ValueError(f"{name} = {value}: must be {words}")
+        if self.rank_map and "rank_map" not in METHODS[self.method].own:
+            raise ValueError(
+                f"rank_map = {self.rank_map!r}: only lora takes one, not {self.method}"
+            )
+        if self.permute_map and not self.rank_map:
+            raise ValueError(f"permute_map = {self.permute_map}: there is no rank_map to permute")
         # The steps are known once the data are; every other number of Eq. 9 can be checked now.
         METHODS[self.method].check(self.schedule(self.max_steps or 10**9))
 
@@ -94,13 +109,32 @@ class Settings:
         """
         first_r = self.init_r if METHODS[self.method].prunes else self.target_r
         return BudgetSchedule(
-            first_r, self.target_r, total_steps, deltaT=self.deltaT, curve=self.curve
+            first_r,
+            self.target_r,
+            total_steps,
+            tinit=steps_of(self.tinit, total_steps),
+            tfinal=steps_of(self.tfinal, total_steps),
+            deltaT=self.deltaT,
+            curve=self.curve,
         )
+
+
+def steps_of(share: float, total_steps: int) -> int:
+    """So many steps of all, rounded down; of the decimal number as it is written.
+
+    >>> steps_of(0.29, 100), int(0.29 * 100)  # as a float, 0.29 is a little less
+    (29, 28)
+    """
+    return int(Fraction(str(share)) * total_steps)
 
 
 # (parameters, what holds for each, the same in words)
 RANGES: list[tuple[str, Callable[[float], bool], str]] = [
-    ("seed max_steps train_size stride checkpoint_every", lambda n: n >= 0, "0 or more"),
+    (
+        "seed max_steps train_size holdout permute_map stride checkpoint_every",
+        lambda n: n >= 0,
+        "0 or more",
+    ),
     (
         "init_r target_r bottleneck batch_size epochs max_length deltaT grad_accumulation "
         "eval_batch_size summary_length num_beams",
@@ -109,16 +143,22 @@ RANGES: list[tuple[str, Callable[[float], bool], str]] = [
     ),
     ("dem_weight weight_decay", lambda x: 0 <= x < math.inf, "a number, 0 or more"),
     ("learning_rate lora_alpha max_grad_norm", lambda x: 0 < x < math.inf, "a number above 0"),
-    ("beta lora_dropout warmup", lambda x: 0 <= x < 1, "at least 0 and less than 1"),
+    ("beta lora_dropout warmup tinit tfinal", lambda x: 0 <= x < 1, "at least 0 and less than 1"),
 ]
 
 # Where a run is kept, and how often it is saved, does not change what it is.
 PLACES = ("output_dir", "overwrite")
-NOT_IN_KEY = ("data_dir", "model_name", *PLACES, "checkpoint_every")
+NOT_IN_KEY = ("data_dir", "model_name", "rank_map", *PLACES, "checkpoint_every")
+# Newer parameters, left out of a key at their defaults: so earlier runs keep the keys they have.
+NEWER = ("holdout", "tinit", "tfinal", "permute_map")
 
 
-def run_key(settings: Settings, fingerprint: str, model_sha256: str) -> str:
-    """What makes a run that run: its parameters and the hashes of data and model, in 12 digits.
+def run_key(
+    settings: Settings, fingerprint: str, model_sha256: str, rank_map_sha256: str = ""
+) -> str:
+    """What makes a run that run: its parameters and the hashes of its inputs, in 12 digits.
+
+    The inputs are data, model and, where there is one, the rank map.
 
     >>> run_key(Settings(seed=1), "data", "model") == run_key(Settings(seed=2), "data", "model")
     False
@@ -127,7 +167,9 @@ def run_key(settings: Settings, fingerprint: str, model_sha256: str) -> str:
     True
     """
     given = {k: v for k, v in asdict(settings).items() if k not in NOT_IN_KEY}
-    text = json.dumps([given, fingerprint, model_sha256], sort_keys=True)
+    given = {k: v for k, v in given.items() if k not in NEWER or v != getattr(Settings, k)}
+    hashes = [fingerprint, model_sha256, *([rank_map_sha256] if rank_map_sha256 else [])]
+    text = json.dumps([given, *hashes], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

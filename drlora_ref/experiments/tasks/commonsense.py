@@ -10,6 +10,7 @@ from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 from datasets import Dataset, concatenate_datasets
@@ -37,7 +38,7 @@ from drlora_ref.experiments.tasks.data import (
     read_json_lines,
     task_data,
 )
-from drlora_ref.experiments.tasks.evaluation import check_positive, evaluate_labels
+from drlora_ref.experiments.tasks.evaluation import check_positive, evaluate_labels, final_labels
 
 OPTIONS = ("max_length", "eval_batch_size")
 
@@ -97,7 +98,9 @@ def metric_name(task: str) -> str:
     return "accuracy"
 
 
-def load_task(task: str, data_dir: str = "", train_size: int = 0, seed: int = 0) -> TaskData:
+def load_task(
+    task: str, data_dir: str = "", train_size: int = 0, seed: int = 0, holdout: int = 0
+) -> TaskData:
     """A task's data: from a folder of the authors' files, made up ("generated"), or from the hub.
 
     The folder is `data_dir`, else the environment variable COMMONSENSE_DIR, and holds BoolQ/,
@@ -110,7 +113,7 @@ def load_task(task: str, data_dir: str = "", train_size: int = 0, seed: int = 0)
     """
     check_name("task", task, TASKS)
     places = (data_dir, "COMMONSENSE_DIR", _from_folder, _from_hub, write_commonsense)
-    return task_data(task, *find_splits(task, *places), train_size, seed)
+    return task_data(task, *find_splits(task, *places), train_size, seed, holdout)
 
 
 def _from_hub(task: str) -> tuple[dict[str, Dataset], str]:
@@ -210,14 +213,17 @@ def make_inputs(
     encoded = partial(encode, tokenizer=tokenizer, max_length=max_length)
     choices = "endings" in data.train.column_names
     collate = (DataCollatorForMultipleChoice if choices else DataCollatorWithPadding)(tokenizer)
-    score = partial(
-        evaluate_labels,
+    given: dict[str, Any] = dict(
         encoded_validation={split: encoded(rows) for split, rows in data.validation.items()},
         metric=accuracy_score,
         collate=collate,
         batch_size=eval_batch_size,
     )
-    return Inputs(encoded(data.train), collate, score)
+    held = {"holdout": encoded(data.holdout)} if data.holdout else {}
+    score = partial(evaluate_labels, **given)
+    return Inputs(
+        encoded(data.train), collate, score, partial(final_labels, encoded_holdout=held, **given)
+    )
 
 
 def encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:

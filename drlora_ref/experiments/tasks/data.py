@@ -9,11 +9,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+import numpy as np
 from datasets import Dataset
 from torch import Tensor, nn
 
 GENERATED = "generated"  # the data_dir that means: make up a tiny set in the same format
 TRAIN_ROWS, VALIDATION_ROWS = 64, 24  # of a generated set
+HOLDOUT_SEED = 20240527  # whatever the seed of a run, the same examples are held out
 
 Batch = dict[str, Tensor]
 Collate = Callable[[list[dict]], Batch]
@@ -21,13 +23,29 @@ Collate = Callable[[list[dict]], Batch]
 
 @dataclass(frozen=True)
 class TaskData:
-    """The splits of a task, where they came from, and a hash of all that they held."""
+    """The splits of a task, where they came from, and a hash of all that they held.
+
+    `holdout`: rows of the training set that are not trained on; None where none are held out.
+    """
 
     task: str
     train: Dataset
     validation: dict[str, Dataset]
     source: str
     fingerprint: str
+    holdout: Dataset | None = None
+
+
+class Final(NamedTuple):
+    """What only the last model of a run is asked, once.
+
+    holdout: "size" and what `evaluate` gives, on the rows that were held out; None without any.
+    predictions: what it says of every example, {"<split>_predictions": (n,), "<split>_labels":
+    (n,)} in the order of the split's rows; empty where the answers are texts. "holdout" is a split.
+    """
+
+    holdout: dict | None = None
+    predictions: dict[str, np.ndarray] = {}  # noqa: RUF012 (never changed)
 
 
 class Inputs(NamedTuple):
@@ -35,11 +53,13 @@ class Inputs(NamedTuple):
 
     `train` holds encoded rows, `collate` makes a batch of tensors from a list of them, and
     `evaluate(model)` gives {"metric": float, "collapsed": bool, and any further metric by name}.
+    `final(model)` is for the end of a run.
     """
 
     train: Dataset
     collate: Collate
     evaluate: Callable[[nn.Module], dict[str, float | bool]]
+    final: Callable[[nn.Module], Final] = lambda model: Final()
 
 
 def find_splits(
@@ -68,24 +88,44 @@ def find_splits(
 
 
 def task_data(
-    task: str, splits: dict[str, Dataset], source: str, train_size: int = 0, seed: int = 0
+    task: str,
+    splits: dict[str, Dataset],
+    source: str,
+    train_size: int = 0,
+    seed: int = 0,
+    holdout: int = 0,
 ) -> TaskData:
     """The TaskData of these splits: "train", and all others as validation.
 
-    A train_size above 0 draws that many training rows with `seed`; the fingerprint is of the whole
-    data, whatever is drawn. Raises ValueError for a train_size that is negative or larger than the
-    training set.
+    First `holdout` training rows are put aside, the same for every seed (and a smaller number of
+    them is a part of a larger one). Of the others a train_size above 0 draws that many with `seed`.
+    The fingerprint is of the whole data, whatever is drawn. Raises ValueError as check_sizes does.
+
+    Read with care: held-out rows come from where the training rows come from. Sentences that share
+    a source (grammar's pairs, SQuAD's paragraphs) may lie on both sides.
     """
     fingerprint = _fingerprint(splits)
     splits = dict(splits)
-    train = splits.pop("train")
-    if not 0 <= train_size <= len(train):
-        raise ValueError(
-            f"train_size = {train_size}: {task} has {len(train)} training rows; 0 takes them all"
-        )
+    train, held = splits.pop("train"), None
+    check_sizes(task, len(train), train_size, holdout)
+    if holdout:
+        mixed = train.shuffle(seed=HOLDOUT_SEED)
+        held, train = mixed.select(range(holdout)), mixed.select(range(holdout, len(train)))
     if train_size:
         train = train.shuffle(seed=seed).select(range(train_size))
-    return TaskData(task, train, splits, source, fingerprint)
+    return TaskData(task, train, splits, source, fingerprint, held)
+
+
+def check_sizes(task: str, rows: int, train_size: int, holdout: int = 0) -> None:
+    """Raise ValueError unless so many training rows can be drawn, and held out before that.
+
+    >>> check_sizes("cola", 64, train_size=50, holdout=20)
+    Traceback (most recent call last):
+    ValueError: train_size = 50 and holdout = 20: cola has 64 training rows; train_size 0 takes all
+    """
+    if train_size < 0 or holdout < 0 or max(train_size, 1) + holdout > rows:
+        given = f"train_size = {train_size}" + (f" and holdout = {holdout}" if holdout else "")
+        raise ValueError(f"{given}: {task} has {rows} training rows; train_size 0 takes all")
 
 
 def _fingerprint(splits: dict[str, Dataset]) -> str:

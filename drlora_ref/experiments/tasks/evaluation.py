@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from drlora_ref.experiments.tasks.data import Batch, Collate
+from drlora_ref.experiments.tasks.data import Batch, Collate, Final
 
 SAME = 1e-5  # scores this close are equal: padding to another length changes one by about 1e-6
 
@@ -73,16 +73,75 @@ def evaluate_labels(
     an accuracy of 0.68 (MRPC's majority). Afterwards the model is in the mode it was in; no random
     number is drawn.
     """
+    predictions = predict_labels(model, encoded_validation, collate, batch_size)
+    return _scored(predictions, encoded_validation, metric)
+
+
+def predict_labels(
+    model: nn.Module, splits: dict[str, Dataset], collate: Collate, batch_size: int
+) -> dict[str, np.ndarray]:
+    """What the model says of each row of each split: classes, choices or scores, (n,) of float.
+
+    NaN where a logit is not finite.
+    """
     with evaluation_mode(model):
-        predictions = [
-            _predict(model, rows, collate, batch_size) for rows in encoded_validation.values()
-        ]
-    pooled = np.concatenate(predictions)
+        return {split: _predict(model, rows, collate, batch_size) for split, rows in splits.items()}
+
+
+def _scored(
+    predictions: dict[str, np.ndarray],
+    splits: dict[str, Dataset],
+    metric: Callable[[np.ndarray, list], float],
+) -> dict[str, float | bool]:
+    pooled = np.concatenate(list(predictions.values()))
     if not np.isfinite(pooled).all():
         return {"metric": 0.0, "collapsed": True}
-    labels = [rows["labels"][:] for rows in encoded_validation.values()]
-    scores = list(map(metric, predictions, labels))
+    scores = [metric(predictions[split], rows["labels"][:]) for split, rows in splits.items()]
     return {"metric": float(np.mean(scores)), "collapsed": bool(np.ptp(pooled) < SAME)}
+
+
+def final_labels(
+    model: nn.Module,
+    encoded_validation: dict[str, Dataset],
+    encoded_holdout: dict[str, Dataset],
+    metric: Callable[[np.ndarray, list], float],
+    collate: Collate,
+    batch_size: int = 64,
+) -> Final:
+    """The Final of a model that gives a class, a choice or a score for each row.
+
+    encoded_holdout: {"holdout": rows}, or {} where nothing is held out.
+    """
+    splits = encoded_validation | encoded_holdout
+    predictions = predict_labels(model, splits, collate, batch_size)
+    scored = None
+    if encoded_holdout:
+        held = {"holdout": predictions["holdout"]}
+        size = len(encoded_holdout["holdout"])
+        scored = {"size": size, **_scored(held, encoded_holdout, metric)}
+    kept = {}
+    for split, rows in splits.items():
+        labels = np.asarray(rows["labels"][:])
+        kept[f"{split}_predictions"] = _compact(predictions[split], labels)
+        kept[f"{split}_labels"] = _compact(labels, labels)
+    return Final(scored, kept)
+
+
+def _compact(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Scores as float32; classes in one byte, or four where there are many; NaN is class -1."""
+    if labels.dtype.kind == "f":
+        return values.astype(np.float32)
+    return np.where(np.isfinite(values), values, -1).astype(np.int8 if labels.max() < 128 else "i4")
+
+
+def final_texts(
+    scored: Callable[[Dataset], Callable[[nn.Module], dict]], held: Dataset | None
+) -> Callable[[nn.Module], Final]:
+    """The `final` of a task whose answers are texts: scored(rows) gives the `evaluate` of rows."""
+    if held is None:
+        return lambda model: Final()
+    evaluate = scored(held)
+    return lambda model: Final({"size": len(held), **evaluate(model)})
 
 
 def _predict(model: nn.Module, rows: Dataset, collate: Collate, batch_size: int) -> np.ndarray:

@@ -31,9 +31,9 @@ class Family(Protocol):
         """The parameters of a run that `make_inputs` takes: max_length, and others by name."""
 
     def load_task(
-        self, task: str, data_dir: str = "", train_size: int = 0, seed: int = 0
+        self, task: str, data_dir: str = "", train_size: int = 0, seed: int = 0, holdout: int = 0
     ) -> TaskData:
-        """The rows: from a folder, made up ("generated"), or from the hub."""
+        """The rows: from a folder, made up ("generated"), or from the hub; as task_data draws."""
 
     def load_model(
         self, source: ModelSource, task: str

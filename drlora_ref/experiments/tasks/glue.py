@@ -23,7 +23,12 @@ from drlora_ref.experiments.given import check_name
 from drlora_ref.experiments.sources.hub import fetch_from_hub
 from drlora_ref.experiments.sources.models import ModelSource, load_pretrained
 from drlora_ref.experiments.tasks.data import Collate, Inputs, TaskData, find_splits, task_data
-from drlora_ref.experiments.tasks.evaluation import SAME, check_positive, evaluate_labels
+from drlora_ref.experiments.tasks.evaluation import (
+    SAME,
+    check_positive,
+    evaluate_labels,
+    final_labels,
+)
 from drlora_ref.experiments.tasks.glue_generated import write_glue
 from drlora_ref.experiments.tasks.grammar import grammar_sentences
 
@@ -77,13 +82,15 @@ def metric_name(task: str) -> str:
     return get_task(task).metric
 
 
-def load_task(task: str, data_dir: str = "", train_size: int = 0, seed: int = 0) -> TaskData:
+def load_task(
+    task: str, data_dir: str = "", train_size: int = 0, seed: int = 0, holdout: int = 0
+) -> TaskData:
     """A task's data: embedded ("grammar"), from a folder in GLUE's own layout, or from the hub.
 
     The folder is `data_dir`, else the environment variable GLUE_DIR; the hub is asked only where
     neither is set, and a source that fails is an error. The data_dir "generated" makes up a tiny
     set. Wherever they come from, the columns are the hub's: text, label, idx. A `train_size` above
-    0 takes that many training rows at random, drawn with `seed`.
+    0 takes that many training rows at random, drawn with `seed`, once `holdout` are put aside.
     Raises ValueError (a wrong argument, column or label), FileNotFoundError, ConnectionError.
 
     >>> load_task("grammar", train_size=50).train.num_rows
@@ -98,7 +105,7 @@ def load_task(task: str, data_dir: str = "", train_size: int = 0, seed: int = 0)
         splits, source = find_splits(
             task, data_dir, "GLUE_DIR", _from_folder, _from_hub, generate=write_glue
         )
-    return task_data(task, splits, source, train_size, seed)
+    return task_data(task, splits, source, train_size, seed, holdout)
 
 
 def _embedded() -> dict[str, Dataset]:
@@ -201,7 +208,15 @@ def make_inputs(
         collate=collate,
         batch_size=eval_batch_size,
     )
-    return Inputs(encoded(data.train), collate, score)
+    final = partial(
+        final_labels,
+        encoded_validation=validation,
+        encoded_holdout={"holdout": encoded(data.holdout)} if data.holdout else {},
+        metric=partial(metric, data.task),
+        collate=collate,
+        batch_size=eval_batch_size,
+    )
+    return Inputs(encoded(data.train), collate, score, final)
 
 
 def encode(

@@ -32,7 +32,7 @@ from drlora_ref.experiments.tasks.data import (
     find_splits,
     task_data,
 )
-from drlora_ref.experiments.tasks.evaluation import check_positive
+from drlora_ref.experiments.tasks.evaluation import check_positive, final_texts
 from drlora_ref.experiments.tasks.squad_answers import evaluate
 from drlora_ref.experiments.tasks.squad_windows import NO_ANSWER, encode, encode_train
 
@@ -69,7 +69,9 @@ def metric_name(task: str) -> str:
     return "f1"
 
 
-def load_task(task: str, data_dir: str = "", train_size: int = 0, seed: int = 0) -> TaskData:
+def load_task(
+    task: str, data_dir: str = "", train_size: int = 0, seed: int = 0, holdout: int = 0
+) -> TaskData:
     """SQuAD's questions: from a folder with the original json files, made up, or from the hub.
 
     The folder is `data_dir`, else the environment variable SQUAD_DIR; the hub is asked only where
@@ -82,7 +84,7 @@ def load_task(task: str, data_dir: str = "", train_size: int = 0, seed: int = 0)
     """
     check_name("task", task, TASKS)
     found = find_splits(task, data_dir, "SQUAD_DIR", _from_folder, _from_hub, generate=write_squad)
-    return task_data(task, *found, train_size, seed)
+    return task_data(task, *found, train_size, seed, holdout)
 
 
 def _from_hub(task: str) -> tuple[dict[str, Dataset], str]:
@@ -213,14 +215,18 @@ def make_inputs(
     end_positions (batch,).
     """
     check_positive(eval_batch_size=eval_batch_size)
-    questions = data.validation["validation"]
     collate = DataCollatorWithPadding(tokenizer)
-    score = partial(
-        evaluate,
-        windows=encode(questions, tokenizer, max_length, stride),
-        questions=questions,
-        unanswerable=TASKS[data.task].unanswerable,
-        collate=collate,
-        batch_size=eval_batch_size,
-    )
-    return Inputs(encode_train(data.train, tokenizer, max_length, stride), collate, score)
+
+    def scored(questions: Dataset) -> partial:
+        return partial(
+            evaluate,
+            windows=encode(questions, tokenizer, max_length, stride),
+            questions=questions,
+            unanswerable=TASKS[data.task].unanswerable,
+            collate=collate,
+            batch_size=eval_batch_size,
+        )
+
+    train = encode_train(data.train, tokenizer, max_length, stride)
+    score = scored(data.validation["validation"])
+    return Inputs(train, collate, score, final_texts(scored, data.holdout))

@@ -35,6 +35,7 @@ from drlora_ref.experiments.tasks.evaluation import (
     batches_by_length,
     check_positive,
     evaluation_mode,
+    final_texts,
 )
 
 TASKS = {"xsum": "rougeL"}  # task: the metric by which epochs and methods are compared
@@ -62,7 +63,9 @@ def metric_name(task: str) -> str:
     return TASKS[task]
 
 
-def load_task(task: str, data_dir: str = "", train_size: int = 0, seed: int = 0) -> TaskData:
+def load_task(
+    task: str, data_dir: str = "", train_size: int = 0, seed: int = 0, holdout: int = 0
+) -> TaskData:
     """XSum's articles: from a folder in the authors' own format, made up, or from the hub.
 
     The folder is `data_dir`, else the environment variable XSUM_DIR; the hub is asked only where
@@ -76,7 +79,7 @@ def load_task(task: str, data_dir: str = "", train_size: int = 0, seed: int = 0)
     """
     check_name("task", task, TASKS)
     found = find_splits(task, data_dir, "XSUM_DIR", _from_folder, _from_hub, generate=write_xsum)
-    return task_data(task, *found, train_size, seed)
+    return task_data(task, *found, train_size, seed, holdout)
 
 
 def _from_hub(task: str) -> tuple[dict[str, Dataset], str]:
@@ -185,18 +188,21 @@ def make_inputs(
     """
     check_positive(num_beams=num_beams, eval_batch_size=eval_batch_size)
     lengths = {"max_length": max_length, "summary_length": summary_length}
-    validation = data.validation["validation"]
     collate = DataCollatorForSeq2Seq(tokenizer)  # pads labels with -100, which the loss skips
-    score = partial(
-        evaluate,
-        encoded=encode(validation, tokenizer, **lengths),
-        references=validation["summary"][:],
-        tokenizer=tokenizer,
-        collate=collate,
-        batch_size=eval_batch_size,
-        generation=beam_search(num_beams, summary_length),
-    )
-    return Inputs(encode(data.train, tokenizer, **lengths), collate, score)
+
+    def scored(articles: Dataset) -> partial:
+        return partial(
+            evaluate,
+            encoded=encode(articles, tokenizer, **lengths),
+            references=articles["summary"][:],
+            tokenizer=tokenizer,
+            collate=collate,
+            batch_size=eval_batch_size,
+            generation=beam_search(num_beams, summary_length),
+        )
+
+    train, score = encode(data.train, tokenizer, **lengths), scored(data.validation["validation"])
+    return Inputs(train, collate, score, final_texts(scored, data.holdout))
 
 
 def encode(
