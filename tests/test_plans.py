@@ -239,6 +239,8 @@ COUNTS = {
     "table_5": 9 * 5,
     "table_6": 5 * 3 * 5,
     "table_9": 7 * 3,
+    "trial_sst2_rates": 2 * 4 * 2 * 2,
+    "trial_sst2_arms": 5 * 2 * 4,
 }
 
 
