@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from test_methods import SCHEDULE, adam, fresh, train_steps
-from tiny_runs import tiny, without_costs
+from tiny_runs import still_model, tiny, without_costs
 from torch import nn
 
 from drlora_ref import BudgetSchedule
@@ -47,17 +47,13 @@ def test_each_matrix_has_the_rank_of_the_map_and_the_scaling_of_uniform_lora():
 
 
 def test_a_map_of_equal_ranks_is_uniform_lora_bit_for_bit():
-    uniform = dict.fromkeys(NAMES, 2)
-
-    def trained(**given) -> list[torch.Tensor]:
+    uniform, trained = dict.fromkeys(NAMES, 2), []
+    for given in ({}, {"rank_map": uniform}, {"rank_map": uniform, "permute_map": 3}):
         prepared = prepare("lora", fresh(), SCHEDULE, **given)
         train_steps(prepared, adam(prepared), range(1, 6))
-        return [p.detach() for p in prepared.model.parameters() if p.requires_grad]
-
-    plain = trained()
-    for given in ({"rank_map": uniform}, {"rank_map": uniform, "permute_map": 3}):
-        mapped = trained(**given)
-        assert all(map(torch.equal, mapped, plain)) and len(mapped) == len(plain)
+        trained.append([p.detach() for p in prepared.model.parameters() if p.requires_grad])
+    for other in trained[1:]:
+        assert all(map(torch.equal, trained[0], other)) and len(trained[0]) == len(other)
 
 
 def test_a_permuted_map_deals_the_same_ranks_within_each_shape():
@@ -79,7 +75,7 @@ def test_a_permuted_map_deals_the_same_ranks_within_each_shape():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"roberta.encoder.layer.9.attention.self.query": 2}, "no matrix '.*layer.9.*nearest: .*"),
+        ({"roberta.encoder.layer.9.output.dense": 2}, "no matrix '.*layer.9.*nearest: .*output"),
         ({NAMES[1]: 33, NAMES[4]: 0}, "query|key.*: 33 must be a whole number from 0 to 32"),
         ({NAMES[1]: -1}, r"-1 must be a whole number from 0 to 32"),
         ({NAMES[1]: 1.0}, r"1.0 must be a whole number"),
@@ -196,27 +192,27 @@ def test_folders_and_files_that_hold_no_map_for_this_run_are_refused(tmp_path, d
     assert not list((tmp_path / "run").iterdir())
 
 
-def test_runs_with_maps_are_replicas_like_any_other(tmp_path, donors):
+def test_runs_with_maps_are_replicas_like_any_other(tmp_path):
     """Each with its own map, a matrix of rank 0 among them, beside a dynamic one."""
     (tmp_path / "map.json").write_text(json.dumps(MAP))
     changes = [
         dict(method="lora", rank_map=str(tmp_path / "map.json")),
         dict(method="lora", rank_map=str(tmp_path / "map.json"), permute_map=1, seed=1),
         dict(method="drlora", seed=2),
-        dict(method="lora", rank_map=str(donors[0]), seed=3),
+        dict(method="lora", seed=3),
     ]
-    given = dict(max_steps=12, lora_dropout=0.0, learning_rate=1e-3)
+    # Without dropout, which draws other numbers for four runs than for one.
+    still_model(tmp_path / "still")
+    given = dict(max_steps=12, lora_dropout=0.0, model_name=str(tmp_path / "still"))
     runs = [tiny(tmp_path / f"r{i}", **given, **change) for i, change in enumerate(changes)]
     together = run_replicas(runs)
     for i, (record, change) in enumerate(zip(together, changes, strict=True)):
         ready = one_run.set_up(tiny(tmp_path / f"alone{i}", **given, **change))
         alone = one_run.make_record(ready, one_run.train(ready))
-        for name in ("key", "trainable_parameters", "trained_bytes", "rank_map"):
+        same = ("key", "trainable_parameters", "trained_bytes", "rank_map", "rank_pattern")
+        for name in (*same, "budget_curve"):
             assert record[name] == alone[name], name
-        if change["method"] == "lora":
-            assert record["rank_pattern"] == alone["rank_pattern"]
-        # The encoder's own dropout draws other numbers for four runs than for one.
-        assert record["loss_curve"][0] == pytest.approx(alone["loss_curve"][0], abs=0.05)
+        assert record["loss_curve"] == pytest.approx(alone["loss_curve"], abs=3e-5)
 
 
 # --- prune once --------------------------------------------------------------------------------
@@ -256,10 +252,10 @@ def test_the_cut_keeps_the_largest_singular_values_of_all_matrices_and_stays():
     optimizer = adam(prepared)
     train_steps(prepared, optimizer, range(1, SCHEDULE.t_end))
     # A copy takes the step in which the cut falls without the cut.
-    uncut, same = copy.deepcopy((prepared, optimizer))
+    uncut = copy.deepcopy(prepared)
     own = [p for p in uncut.model.parameters() if p.requires_grad]
     same = torch.optim.AdamW(own, lr=1e-2)
-    same.load_state_dict(optimizer.state_dict())
+    same.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     train_steps(uncut._replace(allocator=None), same, range(SCHEDULE.t_end, SCHEDULE.t_end + 1))
     train_steps(prepared, optimizer, range(SCHEDULE.t_end, SCHEDULE.t_end + 1))
     before, after = products(uncut), products(prepared)

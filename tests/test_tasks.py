@@ -181,7 +181,7 @@ def test_a_generated_set_goes_through_the_reader_the_tokenizer_and_a_model(name)
     assert data.source == f"generated {name} set" and data.fingerprint == again.fingerprint
     assert data.train.num_rows == 64 and set(data.train.column_names) >= {"label", "idx"}
     model, tokenizer = load_model(resolve_model("tiny-roberta"), name)
-    train, collate, score = make_inputs(data, tokenizer, max_length=64)
+    train, collate, score, _ = make_inputs(data, tokenizer, max_length=64)
     assert all(tokenizer.unk_token_id not in ids for ids in train["input_ids"][:])
     assert not name == "mnli" or len(data.validation) == 2
     model(**collate(train.select(range(8)).to_list())).loss.backward()
