@@ -221,7 +221,7 @@ def test_a_shipped_grid_stands_for_the_runs_and_the_steps_that_it_says(file, mon
 def speed(run) -> float:
     """Steps a second on one H100, as the grids' `basis` has them."""
     measured = {"lora": 13.3, "drlora": 8.4, "adalora": 5.6, "full": 19.3}
-    like = {"h-adapter": "lora", "p-adapter": "lora", "bitfit": "full"}
+    like = {"h-adapter": "lora", "p-adapter": "lora", "bitfit": "full", "prune-once": "lora"}
     method, task = run.work.parameters["method"], run.work.parameters["task"]
     slower = 3 if task.startswith("squad") else 6 if task == "xsum" else 1
     return measured[like.get(method, method)] / slower
