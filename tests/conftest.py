@@ -5,6 +5,7 @@ Fixtures import what is heavy themselves: most tests of the paper's files need t
 
 import builtins
 import importlib.util
+import json
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,3 +118,19 @@ def full_disk(monkeypatch):
             yield
 
     return filled
+
+
+@pytest.fixture
+def frame(tmp_path):
+    """A function that writes records as a grid does, one folder each, and loads them."""
+
+    from drlora_ref.experiments.results.summaries import load
+
+    def make(*records: dict):
+        for number, held in enumerate(records):
+            folder = tmp_path / "grid" / f"run{number}"
+            folder.mkdir(parents=True)
+            (folder / "record.json").write_text(json.dumps(held))
+        return load(tmp_path / "grid")
+
+    return make

@@ -66,6 +66,36 @@ def test_without_a_notebook_a_run_is_given_all_its_settings():
     assert not set(run.work.parameters) & set(plans.PLACES)
 
 
+def test_a_run_with_a_rank_map_is_planned_by_what_the_map_holds():
+    sha256 = plans.resolve_model("tiny-roberta").sha256
+    parameters = {"data_dir": "generated", "method": "lora", "rank_map": "found", "holdout": 14}
+    grid = write_grid(notebook=None, parameters=parameters, vary={"seed": [0, 1]})
+    with pytest.raises(FileNotFoundError, match="rank_map: found: no such file or folder"):
+        plan(read_grid(grid), Path("runs"))
+    for seed in (0, 1):
+        folder = Path("found", f"donor{seed}")
+        folder.mkdir(parents=True)
+        held = {"seed": seed, "model": {"sha256": sha256}, "rank_pattern": {"a": seed, "b": 2}}
+        (folder / "record.json").write_text(json.dumps(held))
+    first, second = plan(read_grid(grid), Path("runs"))
+    assert first.steps == 45 * 4  # four batches of the fifty rows that are left
+    Path("found").rename("moved")
+    again = write_grid(notebook=None, parameters=parameters | {"rank_map": "moved"},
+                       vary={"seed": [0, 1]})  # fmt: skip
+    assert [run.key for run in plan(read_grid(again), Path("runs"))] == [first.key, second.key]
+    (Path("moved") / "donor1" / "record.json").write_text(json.dumps(
+        {"seed": 1, "model": {"sha256": sha256}, "rank_pattern": {"a": 2, "b": 1}}))  # fmt: skip
+    changed = plan(read_grid(again), Path("runs"))
+    assert changed[0].key != first.key and changed[1].key == second.key  # seed 1 gets donor 0's
+
+
+def test_more_rows_than_there_are_cannot_be_drawn_and_held_out():
+    parameters = {"data_dir": "generated", "train_size": 50, "holdout": 20}
+    grid = write_grid(notebook=None, parameters=parameters)
+    with pytest.raises(ValueError, match="train_size = 50 and holdout = 20: cola has 64 training"):
+        plan(read_grid(grid), Path("runs"))
+
+
 def test_the_papers_settings_yield_to_what_is_written_beside_them():
     beside = {"data_dir": "generated", "table_8": "large", "learning_rate": 0.1}
     vary = {"task": ["rte"], "method": ["h-adapter"]}

@@ -1,6 +1,5 @@
 """Records become tables in which every run counts, and intervals are what they say."""
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -9,6 +8,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from made_up_records import five, record
 from scipy import stats
 
 from drlora_ref import plotting
@@ -24,54 +24,6 @@ from drlora_ref.experiments.results.summaries import (
 
 matplotlib.use("Agg")
 COMMITTED = Path(__file__).parents[1] / "results"
-T = 100  # steps; what counts comes after step 50
-
-
-def record(method="lora", seed=0, score=0.5, status="completed", **parameters) -> dict:
-    """A record with the evaluations at steps 50 (does not count) and 100; score None: only NaN."""
-    more = parameters.pop("extras", [{}, {}])
-    evaluations = [
-        {"step": step, "epoch": step // 50, "metric": metric, "collapsed": False, **extra}
-        for step, metric, extra in zip((50, T), (0.9, score), more, strict=True)
-    ]
-    evaluations = evaluations if score is not None else []
-    given = {"task": "cola", "method": method, "seed": seed, "learning_rate": 1e-3, "init_r": 3}
-    return {
-        "status": status,
-        "best": score,
-        "best_ever": 0.9 if evaluations else None,
-        "last": score,
-        "evaluations": evaluations,
-        "metric_name": "matthews",
-        "trainable_parameters": {"adapter": 300, "head": 20},
-        "total_steps": T,
-        "steps": T,
-        "seconds": 60.0,
-        "evaluation_seconds": 10.0,
-        "peak_memory_mib": 1234,
-        "environment": {"device": "NVIDIA H100"},
-        "data": {"fingerprint": "d"},
-        "model": {"sha256": "m"},
-        "parameters": given | {"target_r": 2, "score": "abs_c"} | parameters,
-    }
-
-
-@pytest.fixture
-def frame(tmp_path):
-    """A function that writes records as a grid does, one folder each, and loads them."""
-
-    def make(*records: dict) -> pd.DataFrame:
-        for number, held in enumerate(records):
-            folder = tmp_path / "grid" / f"run{number}"
-            folder.mkdir(parents=True)
-            (folder / "record.json").write_text(json.dumps(held))
-        return load(tmp_path / "grid")
-
-    return make
-
-
-def five(method: str, scores: list[float], **parameters) -> list[dict]:
-    return [record(method, seed, score, **parameters) for seed, score in enumerate(scores)]
 
 
 # load

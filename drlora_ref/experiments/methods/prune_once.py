@@ -6,12 +6,13 @@ trained after it (as in PARA, arXiv 2604.27796).
 """
 
 from dataclasses import asdict
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 
 from drlora_ref.allocator import select_components
 from drlora_ref.schedule import BudgetSchedule
@@ -61,15 +62,15 @@ class OneCut:
         self.schedule, self.last_step = schedule, 0
         self.layers: dict[str, LoraLayer] = {
             name: module
-            for name, module in model.base_model.model.named_modules()
+            for name, module in model.get_base_model().named_modules()
             if isinstance(module, LoraLayer)
         }
         self.mask = torch.ones(len(self.layers), schedule.init_r, dtype=torch.bool)
 
-    def _factors(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    def _factors(self) -> list[tuple[Tensor, Tensor]]:
         """(lora_A (r, d_in), lora_B (d_out, r)) of each layer."""
-        layers = self.layers.values()
-        return [(m.lora_A["default"].weight, m.lora_B["default"].weight) for m in layers]
+        pairs = [(m.lora_A["default"], m.lora_B["default"]) for m in self.layers.values()]
+        return [(cast(Tensor, A.weight), cast(Tensor, B.weight)) for A, B in pairs]
 
     @torch.no_grad()
     def step(self, global_step: int) -> None:
@@ -120,11 +121,8 @@ class OneCut:
 
     def count_parameters(self) -> int:
         """d_in + d_out for each surviving component."""
-        ranks = self.rank_pattern()
-        return sum(
-            ranks[name] * (layer.in_features + layer.out_features)
-            for name, layer in self.layers.items()
-        )
+        sizes = [A.shape[1] + B.shape[0] for A, B in self._factors()]
+        return sum(r * size for r, size in zip(self.mask.sum(dim=1).tolist(), sizes, strict=True))
 
     def state_dict(self) -> dict:
         """All that decides the next step, and what it belongs to."""

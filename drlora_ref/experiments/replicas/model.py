@@ -14,7 +14,7 @@ Here is what stands in the model; engine.py trains it, step.py allocates its com
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -136,7 +136,7 @@ def replicate(model: nn.Module, parts: list[Part], lora_dropout: float) -> nn.Mo
     r = max(len(c) for part in parts for _, _, c, _ in part.components.values())
     model.requires_grad_(False)
     for name in names:
-        linear = model.get_submodule(name)
+        linear = cast(nn.Linear, model.get_submodule(name))
         components = [part.components.get(name) or _no_components(linear) for part in parts]
         model.set_submodule(name, ReplicatedLoRALinear(linear, components, r, lora_dropout))
     left = set(parts[0].head)

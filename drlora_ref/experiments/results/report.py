@@ -8,6 +8,9 @@ from drlora_ref.experiments.results.paper import table
 from drlora_ref.experiments.results.summaries import STATISTICS
 
 COUNTS = ("collapsed", "diverged", "unpaired")
+# What stands in a cell's text, of examples.py, power.py and rank_maps.py.
+COMPARED = ("examples", "seeds_low", "seeds_high", "examples_low", "examples_high", "smallest",
+            "mean_rank", "spearman", "permuted", "permuted_low", "permuted_high")  # fmt: skip
 
 
 def beside_paper(summary: pd.DataFrame, number: int) -> pd.DataFrame:
@@ -42,14 +45,16 @@ def show(frame: pd.DataFrame, across: str = "", scale: float = 100) -> str:
 
     One line a cell, or with `across` (such as "task") one column for each of its values. A mean
     comes with its std, a difference with its 95 % interval. `scale` multiplies every figure: 1 for
-    seconds and MiB.
+    seconds and MiB; mean ranks and rank correlations are never scaled. A difference by examples
+    has three intervals: over seeds and examples, then over each alone. "min" is the smallest effect
+    that could have been shown.
 
     >>> cell = dict(method="lora", mean=0.572, std=0.011, n=5, ci_low=0.558, ci_high=0.586)
     >>> print(show(pd.DataFrame([cell | {"collapsed": 1}])))
     method                              ours
       lora 57.2 ± 1.1 (5 seeds, 1 collapsed)
     """
-    hidden = (*STATISTICS, *COUNTS, "paper", "trainable_parameters")
+    hidden = (*STATISTICS, *COUNTS, *COMPARED, "paper", "trainable_parameters")
     keys = [name for name in frame if name not in hidden]
     texts = frame[keys].copy()
     if "paper" in frame:
@@ -68,17 +73,30 @@ def show(frame: pd.DataFrame, across: str = "", scale: float = 100) -> str:
 
 
 def _cell_text(row: dict, scale: float) -> str:
-    n, paired = row["n"], "unpaired" in row
+    n, paired = row["n"], "baseline" in row
     if math.isnan(n):
         return "not run"
-    counts = [f"{int(n)} {'pair' if paired else 'seed'}{'s' * (n != 1)}"]
+    if "spearman" in row:
+        low, high = row["permuted_low"], row["permuted_high"]
+        permuted = f"permuted {row['permuted']:.2f} [{low:.2f}, {high:.2f}]"
+        return f"{row['spearman']:.2f}, {permuted} ({int(n)} seeds)"
+    if "mean_rank" in row:
+        return f"{row['mean_rank']:.2f} ({int(n)} task{'s' * (n != 1)})"
+    what = ("pair" if "unpaired" in row else "task") if paired else "seed"
+    counts = [f"{int(n)} {what}{'s' * (n != 1)}"]
+    counts += [f"{int(row['examples'])} examples"] if row.get("examples") else []
     counts += [f"{int(row[name])} {name}" for name in COUNTS if row.get(name)]
     if n == 0:
         return f"({', '.join(counts)})"
     sign = "+" if paired else ""
     mean, low, high = (f"{scale * row[name]:{sign}.1f}" for name in ("mean", "ci_low", "ci_high"))
-    if n == 1:
+    if n == 1 and "examples" not in row:
         return f"{mean} ({', '.join(counts)})"
     # Of a difference one asks whether it could be nothing.
     spread = f" [{low}, {high}]" if paired else f" ± {scale * row['std']:.1f}"
-    return f"{mean}{spread} ({', '.join(counts)})"
+    for name in ("seeds", "examples"):
+        if f"{name}_low" in row:
+            bounds = (f"{scale * row[f'{name}_{end}']:+.1f}" for end in ("low", "high"))
+            spread += f", {name} [{', '.join(bounds)}]"
+    smallest = f", min {scale * row['smallest']:.1f}" if "smallest" in row else ""
+    return f"{mean}{spread}{smallest} ({', '.join(counts)})"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 from scipy.stats import t as student
 
+from drlora_ref.experiments.methods import METHODS
 from drlora_ref.experiments.results.paper import budget_name, table
 from drlora_ref.experiments.run.records import read_record
 from drlora_ref.experiments.run.settings import NOT_IN_KEY, Settings, steps_of
@@ -27,12 +28,15 @@ def load(*folders: str | Path) -> pd.DataFrame:
 
     Columns: the parameters of the run (`score`, the name of the importance score, is called
     importance_score); `budget` as the paper names it; then the outcome: status, score, best,
-    best_ever, last, the further metrics of the evaluation that gave `best`, and what it took.
+    best_ever, last, the further metrics of the evaluation that gave `best`, and what it took; `arm`
+    as a trial names it, `holdout_score` on the rows held out, and `final_loss`, the mean training
+    loss of the last fifth of all steps (more sensitive than a score, but of the rows trained on).
     Units: seconds, steps a second outside evaluation, MiB.
 
     Choice: `score` is best; a run that diverged before any evaluation that counts scores 0.0, and
     so do its further metrics. Left out, it would flatter its method; and 0.0 is what evaluation
     gives a model that answers NaN, which a diverged one does. Its `status` tells it from a bad run.
+    Any run that diverged has a holdout_score of 0.0, where others have one.
     Raises FileNotFoundError (no record), ValueError naming a file that is cut short or no run.
     """
     paths = sorted({path.resolve(): path for path in _find(folders)}.values())
@@ -41,6 +45,8 @@ def load(*folders: str | Path) -> pd.DataFrame:
     for name in _further_metrics(frame):
         of_the_task = frame.groupby("task")[name].transform("count") > 0
         frame[name] = frame[name].mask(nothing & of_the_task, 0.0)
+    asked = frame.groupby("task").holdout_score.transform("count") > 0
+    frame["holdout_score"] = frame.holdout_score.mask((frame.status == "diverged") & asked, 0.0)
     return frame
 
 
@@ -66,12 +72,15 @@ def _row(path: Path) -> dict:
         **parameters,
         "budget": budget_name(parameters),
         "status": record["status"],
+        "arm": arm_name(parameters),
         "metric_name": record.get("metric_name", "metric"),
         "score": 0.0 if best is None and diverged else _number(best),
         **{name: _number(record.get(name)) for name in ("best", "best_ever", "last")},
         **_further_metrics_at_best(record, parameters),
         **{f"{part}_parameters": _number(counts.get(part)) for part in ("adapter", "head")},
         "total_steps": record["total_steps"],
+        "holdout_score": _number((record.get("holdout") or {}).get("metric")),
+        "final_loss": _final_loss(record),
         **{name: _number(record.get(name)) for name in COSTS},
         "steps_per_second": _steps_per_second(record),
         "device": environment.get("device", ""),
@@ -80,6 +89,35 @@ def _row(path: Path) -> dict:
         "model_sha256": record.get("model", {}).get("sha256", ""),
         "folder": str(path.parent),
     }
+
+
+def arm_name(parameters: dict) -> str:
+    """What is compared in a trial: method, ranks, score, and where a rank map came from.
+
+    >>> arm_name({"method": "lora", "target_r": 2, "rank_map": "runs/found", "permute_map": 3})
+    'lora r=2 permuted map'
+    >>> arm_name({"method": "drlora", "init_r": 6, "target_r": 2, "importance_score": "abs_c"})
+    'drlora r=6→2 abs_c'
+    """
+    method = parameters["method"]
+    words, known = [method], METHODS.get(method)
+    if known and "target_r" in known.budget:
+        began = f"{parameters.get('init_r')}→" if known.prunes else ""
+        words.append(f"r={began}{parameters.get('target_r')}")
+    if known and "score" in known.own and parameters.get("importance_score"):
+        words.append(parameters["importance_score"])
+    if parameters.get("rank_map"):
+        words.append("permuted map" if parameters.get("permute_map") else "given map")
+    if known and known.prunes and parameters.get("tfinal") == 0:
+        words.append("last act")
+    return " ".join(words)
+
+
+def _final_loss(record: dict) -> float:
+    """Mean training loss of the last fifth of all steps; NaN if the run did not come so far."""
+    last = record.get("loss_curve", [])[-max(record["total_steps"] // 5, 1) :]
+    whole = record["steps"] == record["total_steps"] and last and None not in last
+    return sum(last) / len(last) if whole else math.nan
 
 
 def _number(value: float | None) -> float:
@@ -122,7 +160,7 @@ def summarise(
     runs make an empty table.
     """
     by = [by] if isinstance(by, str) else list(by)
-    _check(frame, by, value)
+    check_cells(frame, by, value)
     rows = []
     for key, cell in frame.groupby(by, dropna=False):
         metric = ", ".join(sorted(set(cell.metric_name))) if value == "score" else value
@@ -148,7 +186,7 @@ def average(frame: pd.DataFrame, value: str = "score") -> pd.DataFrame:
     those n seeds that ran all eight. Raises ValueError as `summarise` does.
     """
     tasks, cell = list(table(7).task), ["method", "budget"]
-    _check(frame, ["task", *cell], value)
+    check_cells(frame, ["task", *cell], value)
     wide = frame.pivot(index=[*cell, "seed"], columns="task", values=value).reindex(columns=tasks)
     whole = wide.dropna()
     runs = frame[frame.task.isin(tasks)].set_index([*cell, "seed"]).loc[whole.index]
@@ -175,14 +213,14 @@ def paired_difference(
     if there is no run of the baseline.
     """
     by = [by] if isinstance(by, str) else list(by)
-    _check(frame, [*by, "method"], value)
+    check_cells(frame, [*by, "method"], value)
     if baseline not in set(frame.method):
         raise ValueError(
             f"no run of {baseline!r}: there are {', '.join(sorted(set(frame.method)))}"
         )
     rows = []
     for key, cell in frame.groupby(by, dropna=False):
-        _check_same(cell, ", ".join(map(str, key)), SAME_INPUTS)
+        check_same(cell, ", ".join(map(str, key)), SAME_INPUTS)
         scores = {method: runs.set_index("seed")[value] for method, runs in cell.groupby("method")}
         base = scores.pop(baseline, pd.Series(dtype=float))
         for method, theirs in scores.items():
@@ -209,7 +247,7 @@ def choose(
     """
     by = [by] if isinstance(by, str) else list(by)
     names = [parameter] if isinstance(parameter, str) else list(parameter)
-    _check(frame, [*by, *names], value)
+    check_cells(frame, [*by, *names], value)
     chosen = {}
     for key, cell in frame.groupby(by, dropna=False):
         candidates = cell.groupby(names if len(names) > 1 else names[0], dropna=False)
@@ -224,7 +262,8 @@ def choose(
     return chosen
 
 
-def _check(frame: pd.DataFrame, keys: list[str], value: str) -> None:
+def check_cells(frame: pd.DataFrame, keys: list[str], value: str) -> None:
+    """Raise ValueError, as `summarise` does, unless each cell holds one run of each seed."""
     if missing := [name for name in (*keys, "seed", value) if name not in frame]:
         raise ValueError(f"no column {', '.join(missing)}: there are {', '.join(frame)}")
     if len(empty := frame[frame[value].isna()]):
@@ -234,7 +273,7 @@ def _check(frame: pd.DataFrame, keys: list[str], value: str) -> None:
     fixed = [name for name in (*parameters, *SAME_INPUTS) if name not in free]
     for key, cell in frame.groupby(keys, dropna=False):
         where = ", ".join(f"{name} = {word}" for name, word in zip(keys, key, strict=True))
-        _check_same(cell, where, fixed)
+        check_same(cell, where, fixed)
         twins = cell[cell.duplicated("seed", keep=False)].sort_values("seed", kind="stable")
         if len(twins):
             twins = twins[twins.seed == twins.seed.iloc[0]]
@@ -244,7 +283,8 @@ def _check(frame: pd.DataFrame, keys: list[str], value: str) -> None:
             )
 
 
-def _check_same(cell: pd.DataFrame, where: str, columns: Sequence[str]) -> None:
+def check_same(cell: pd.DataFrame, where: str, columns: Sequence[str]) -> None:
+    """Raise ValueError if the runs of a cell differ in one of these columns."""
     for name in columns:
         # An older record lacks newer parameters: NaN says nothing, and is no difference.
         if name in cell and cell[name].nunique() > 1:

@@ -99,7 +99,7 @@ def write_record(record: dict, output_dir: str | Path, overwrite: bool = False) 
     return target
 
 
-def write_predictions(arrays: dict[str, np.ndarray], output_dir: str | Path) -> dict[str, str]:
+def write_predictions(arrays: dict[str, Any], output_dir: str | Path) -> dict[str, str]:
     """Write PREDICTIONS whole, in place of one that is there; returns what the record says of it.
 
     Call it before write_record: a record names its predictions by their hash, so that whoever is
@@ -111,7 +111,7 @@ def write_predictions(arrays: dict[str, np.ndarray], output_dir: str | Path) -> 
     return {"file": PREDICTIONS, "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _as_npz(arrays: dict[str, np.ndarray]) -> bytes:
+def _as_npz(arrays: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     return buffer.getvalue()
