@@ -44,9 +44,7 @@ class Settings:
     dem_weight: float = 0.15  # η, the weight of Eq. 10 as printed
     deltaT: int = 10  # optimizer steps between two pruning events
     beta: float = 0.9  # memory of the smoothed score, Eq. 8
-    score: str = (
-        "frobenius_share"  # or frobenius_norm, output_norm, loss_sensitivity, abs_c, random
-    )
+    score: str = "frobenius_share"  # or frobenius_norm, output_norm, loss_sensitivity, random, ...
     curve: str = "paper"  # Eq. 9; or adalora
     lora_alpha: float = 8.0  # the scaling is lora_alpha / init_r (drlora) or / target_r (lora)
     lora_dropout: float = 0.1  # share of a layer's input that its adapter does not see
