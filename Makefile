@@ -26,7 +26,7 @@ run: $(READY)
 test: export OMP_NUM_THREADS = 1
 test: $(READY)
 	$(BIN)/python -m pytest -q
-	$(BIN)/python -m pytest -q --nbval-lax --nbval-current-env notebooks/08_*.ipynb notebooks/13_*.ipynb
+	$(BIN)/python -m pytest -q --nbval-lax --nbval-current-env notebooks/08_*.ipynb notebooks/13_*.ipynb notebooks/17_*.ipynb
 	$(BIN)/python -m pytest -q --nbval --nbval-current-env notebooks/0[0-7]_*.ipynb
 
 # For whoever edits the paper's files: their tests and doctests, in under half a minute.
