@@ -29,7 +29,7 @@ test: export OMP_NUM_THREADS = 1
 test: $(READY)
 	$(BIN)/python -m pytest -q $(EACH_CORE) --dist worksteal
 	$(BIN)/python -m pytest -q $(EACH_CORE) --dist loadfile --nbval-lax --nbval-current-env \
-	  notebooks/08_*.ipynb notebooks/13_*.ipynb
+	  notebooks/08_*.ipynb notebooks/13_*.ipynb notebooks/17_*.ipynb
 	$(BIN)/python -m pytest -q $(EACH_CORE) --dist loadfile --nbval --nbval-current-env \
 	  notebooks/0[0-7]_*.ipynb
 

@@ -1,12 +1,22 @@
 """Eq. 7-8, in float64 at random points, against what the equations say literally."""
 
+import itertools
+
 import pytest
 import torch
 from conftest import random_components, random_extras
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drlora_ref import SCORES, component_norms, ema_update, importance_scores, update_norm
+from drlora_ref import (
+    SCORES,
+    component_norms,
+    ema_update,
+    importance_scores,
+    loss_sensitivity,
+    output_norms,
+    update_norm,
+)
 
 
 def materialised(A, B, c):
@@ -91,6 +101,78 @@ def test_abs_c_depends_on_the_factorisation_and_eq_7_does_not():
     A2[0], c2[0] = 2 * A[0], c[0] / 2  # the same component, written differently
     torch.testing.assert_close(importance_scores(A2, B, c2), importance_scores(A, B, c))
     assert SCORES["abs_c"](A2, B, c2)[0] == SCORES["abs_c"](A, B, c)[0] / 2
+
+
+def mean_z_square(A, x):
+    return (x @ A.mT).square().mean(dim=-2)
+
+
+def test_output_norm_is_the_root_mean_square_of_the_materialised_answers():
+    A, B, c = random_components()
+    x = torch.randn(20, 7, dtype=torch.float64)
+    answers = torch.einsum("roi,ni->rno", materialised(A, B, c), x)
+    expected = answers.square().sum(dim=-1).mean(dim=-1).sqrt()
+    found = output_norms(A, B, c, z_square=mean_z_square(A, x))
+    torch.testing.assert_close(found, expected)
+
+
+def test_for_white_inputs_the_output_norm_is_the_norm_of_the_weights():
+    A, B, c = random_components()
+    x = torch.linalg.qr(torch.randn(20, 7, dtype=torch.float64)).Q * 20**0.5  # xᵀx / 20 = I
+    found = output_norms(A, B, c, z_square=mean_z_square(A, x))
+    torch.testing.assert_close(found, component_norms(A, B, c))
+    stretched = x * torch.logspace(-1, 1, 7)
+    other = output_norms(A, B, c, z_square=mean_z_square(A, stretched))
+    assert not torch.allclose(other, component_norms(A, B, c), rtol=0.1)
+
+
+def test_output_norm_ignores_the_units_of_the_inputs_and_the_norm_does_not():
+    A, B, c = random_components()
+    x = torch.randn(20, 7, dtype=torch.float64)
+    here = output_norms(A, B, c, z_square=mean_z_square(A, x))
+    there = output_norms(A / 10, B, c, z_square=mean_z_square(A / 10, 10 * x))
+    torch.testing.assert_close(here, there)
+    torch.testing.assert_close(component_norms(A / 10, B, c), component_norms(A, B, c) / 10)
+
+
+def test_dropout_adds_the_square_of_each_weight_to_the_mean_square():
+    A, _, _ = random_components(r=2, d_in=3)
+    x = torch.randn(4, 3, dtype=torch.float64)
+    p = 0.25
+    keep = torch.tensor(list(itertools.product((0.0, 1.0), repeat=3)), dtype=torch.float64)
+    chance = ((1 - p) * keep + p * (1 - keep)).prod(dim=1)
+    dropped = x * keep.unsqueeze(1) / (1 - p)  # every way to drop: (8, 4, 3)
+    exact = (mean_z_square(A, dropped) * chance.unsqueeze(1)).sum(dim=0)
+    added = p / (1 - p) * A.square() @ x.square().mean(dim=0)
+    torch.testing.assert_close(exact, mean_z_square(A, x) + added)
+
+
+def test_loss_sensitivity_is_the_measured_change_of_the_loss_for_small_c():
+    A, B, c = random_components()
+    x, y = torch.randn(20, 7, dtype=torch.float64), torch.randn(20, 9, dtype=torch.float64)
+
+    def loss(c):
+        return ((x @ A.mT * c) @ B.mT - y).sin().square().mean()
+
+    c = (1e-5 * c).requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(c), c)
+    without = torch.stack([loss(c * (torch.arange(5) != i)) for i in range(5)])
+    found = loss_sensitivity(A, B, c, c_grad=gradient)
+    torch.testing.assert_close(found, (without - loss(c)).abs(), rtol=1e-2, atol=0)
+
+
+def test_at_a_minimum_the_first_order_sees_nothing_and_the_loss_would_rise():
+    A, B, c = random_components()
+    x = torch.randn(20, 7, dtype=torch.float64)
+    y = ((x @ A.mT * c) @ B.mT).detach()
+
+    def loss(c):
+        return ((x @ A.mT * c) @ B.mT - y).square().mean()
+
+    c.requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(c), c)
+    assert loss_sensitivity(A, B, c, c_grad=gradient).max() < 1e-12
+    assert min(loss(c * (torch.arange(5) != i)) for i in range(5)) > 1e-3
 
 
 def test_float32_scores_of_a_large_layer_agree_with_float64():

@@ -174,11 +174,12 @@ def test_accumulated_batches_with_dem_are_one_large_batch(tmp_path):
     assert small == pytest.approx(large, abs=2e-4)
 
 
-def test_two_processes_train_as_one(tmp_path):
+@pytest.mark.parametrize("score", ["frobenius_share", "output_norm", "loss_sensitivity"])
+def test_two_processes_train_as_one(score, tmp_path):
     """Over gloo: same batches, same gradients, same masks on both."""
     folder = tmp_path / "model"
     still_model(folder)
-    given = dict(model_name=str(folder), lora_dropout=0.0, max_steps=12)
+    given = dict(model_name=str(folder), lora_dropout=0.0, max_steps=12, score=score)
     settings = tiny(tmp_path / "two", **given)
     words = [word for k, v in dataclasses.asdict(settings).items() for word in ("-p", k, repr(v))]
     del words[words.index("output_dir") - 1 : words.index("output_dir") + 2]

@@ -137,6 +137,7 @@ SMALLER = {
     "11": {"max_steps": 12},
     "12": {"max_steps": 12},
     "14": {"results_dir": str(ROOT / "results")},
+    "17": {"table_path": str(ROOT / "results" / "planted_scores.json")},
 }
 
 

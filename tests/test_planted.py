@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from drlora_ref import SCORES, planted
+from drlora_ref import SCORES, ZWatch, dynamic_layers, planted
 
 SMALL = dict(dim=16, init_r=6, target_r=2, total_steps=600)
 
@@ -76,6 +76,49 @@ def test_a_constant_list_correlates_with_nothing():
     assert math.isnan(planted.rank_correlation([1, 2, 3], [4, 4, 4]))
 
 
+ONES = dict(input_scales=[1.0] * 3, loss_weights=[1.0] * 3, stretch=0.0)
+
+
+def test_scales_and_weights_of_one_change_no_bit():
+    assert planted.recover([0, 1, 4], **SMALL) == planted.recover([0, 1, 4], **SMALL, **ONES)
+
+
+def test_the_units_of_a_maps_inputs_move_the_norm_and_not_the_output_norm():
+    """Inputs ten times as long, weights a tenth: the norm starves that map, the answers do not."""
+
+    def ranks(score, scales):
+        return planted.recover([2, 2], score=score, input_scales=scales, **SMALL).ranks
+
+    assert ranks("output_norm", [1.0, 10.0]) == ranks("output_norm", [1.0, 1.0]) == [2, 2]
+    assert ranks("frobenius_norm", [1.0, 10.0])[1] == 0
+
+
+def test_the_output_norm_in_recover_is_that_of_the_layers_own_forward_pass():
+    layers, stacks = planted.stacked_layers(2, dim=4, r=3)
+    with torch.no_grad():
+        stacks["lora_c"].normal_()
+    x, y, weights = torch.randn(2, 5, 4), torch.randn(2, 5, 4), torch.tensor([1.0, 3.0])
+    by_name = dynamic_layers(layers)
+    watch = ZWatch(list(by_name.values()))
+    planted.train_together(by_name, stacks, x, y, weights)
+    in_the_stack, gradients = watch.mean(), [m.lora_c.grad for m in layers]
+    for layer, own in zip(layers, x, strict=True):
+        layer.base_layer.weight.zero_()
+        layer(own)
+    torch.testing.assert_close(in_the_stack, watch.mean())
+    for layer, own, target, w, g in zip(layers, x, y, weights, gradients, strict=True):
+        c = layer.lora_c.detach().requires_grad_()
+        prediction = (own @ layer.lora_A.mT * c) @ layer.lora_B.mT
+        (expected,) = torch.autograd.grad(w * (prediction - target).square().mean(), c)
+        torch.testing.assert_close(g, expected)
+
+
+def test_a_map_whose_loss_weighs_nothing_counts_nothing():
+    result = planted.recover([0, 2], loss_weights=[0.0, 1.0], noise=0.0, **SMALL)
+    other = planted.recover([5, 2], loss_weights=[0.0, 1.0], noise=0.0, **SMALL)
+    assert result.relative_error < 0.01 and other.relative_error < 0.01
+
+
 def test_a_score_may_be_a_function():
     from drlora_ref import component_norms
 
@@ -89,6 +132,16 @@ def test_a_score_may_be_a_function():
         (dict(planted_ranks=[0, 33]), r"planted_ranks = \[0, 33\]: each must be between 0 and dim"),
         (dict(planted_ranks=[1], noise=-1.0), "noise = -1.0"),
         (dict(planted_ranks=[1], target_r=13), "target_r = 13 is above init_r = 12"),
+        (dict(planted_ranks=[1], input_scales=[1.0, 1.0]), "must be 1 numbers, one for each map"),
+        (
+            dict(planted_ranks=[1], input_scales=[0.0]),
+            r"input_scales = \[0.0\]: each must be above",
+        ),
+        (dict(planted_ranks=[1], input_scales=[float("inf")]), "input_scales = .*finite"),
+        (dict(planted_ranks=[1], loss_weights=[-1.0]), "loss_weights = .*0 or more"),
+        (dict(planted_ranks=[1, 1], loss_weights=[0.0, 0.0]), "loss_weights = .*one above 0"),
+        (dict(planted_ranks=[1], loss_weights=[float("nan")]), "loss_weights"),
+        (dict(planted_ranks=[1], stretch=-1.0), "stretch = -1.0: decades"),
         (dict(planted_ranks=[1], score="norm"), "score = 'norm': must be one of"),
     ],
 )

@@ -53,7 +53,7 @@ class Settings:
     tfinal: float = 0.5  # share of all steps after the last one; 0: it is the last act
     deltaT: int = 10  # optimizer steps between two pruning events
     beta: float = 0.9  # memory of the smoothed score, Eq. 8
-    score: str = "frobenius_share"  # Eq. 7, or another name in importance.SCORES
+    score: str = "frobenius_share"  # or frobenius_norm, output_norm, loss_sensitivity, random, ...
     curve: str = "paper"  # Eq. 9; or adalora
     lora_alpha: float = 8.0  # scaling: lora_alpha / init_r (drlora, prune-once), / target_r (lora)
     lora_dropout: float = 0.1  # share of a layer's input that its adapter does not see

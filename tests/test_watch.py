@@ -1,0 +1,278 @@
+"""The mean square of aᵀx that the score output_norm needs: over which rows, in which passes."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from conftest import layers_of_two_shapes
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from drlora_ref import (
+    BudgetSchedule,
+    DynamicLoRALinear,
+    RankAllocator,
+    ZWatch,
+    dynamic_layers,
+    output_norms,
+)
+
+SCHEDULE = BudgetSchedule(init_r=3, target_r=2, total_steps=40, deltaT=5)  # t_end 20
+
+
+class Encoder(nn.Module):
+    """Layers of two shapes over (batch, length, 6), called with or without a mask."""
+
+    def __init__(self, n: int = 3):
+        super().__init__()
+        self.layers = layers_of_two_shapes(n).double()
+        for layer in self.layers:
+            layer.lora_dropout.p = 0.0
+
+    def forward(self, x, attention_mask=None):
+        return sum(layer(x).square().sum() for layer in self.layers)
+
+
+def mean_squares(model, x):
+    """Literally, over all rows of x."""
+    rows = x.reshape(-1, x.shape[-1])
+    return [(rows @ m.lora_A.mT).square().mean(dim=0) for m in dynamic_layers(model).values()]
+
+
+def watched(model) -> ZWatch:
+    watch = ZWatch(list(dynamic_layers(model).values()))
+    watch.follow(model)
+    return watch
+
+
+def batch(n: int = 4, length: int = 5) -> torch.Tensor:
+    return torch.randn(n, length, 6, dtype=torch.float64)
+
+
+def close(found, expected):
+    torch.testing.assert_close(list(found), list(expected))
+
+
+def test_the_mean_is_over_all_rows_of_the_step():
+    model, x = Encoder(), batch()
+    watch = watched(model)
+    model(x)
+    close(watch.mean(), mean_squares(model, x))
+
+
+def test_micro_batches_count_by_their_rows():
+    model, parts = Encoder(), [batch(1), batch(4), batch(2)]
+    watch = watched(model)
+    for x in parts:
+        model(x)
+    close(watch.mean(), mean_squares(model, torch.cat(parts)))
+
+
+def test_each_step_starts_anew():
+    model, (first, second) = Encoder(), (batch(), batch())
+    watch = watched(model)
+    model(first)
+    watch.mean()
+    model(second)
+    close(watch.mean(), mean_squares(model, second))
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_padding_is_no_row(by_name):
+    model, x = Encoder(), batch()
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]])
+    watch = watched(model)
+    model(x, attention_mask=mask) if by_name else model(x, mask)
+    close(watch.mean(), mean_squares(model, x[mask.bool()]))
+
+
+def test_a_batch_padded_to_another_width_has_the_same_mean():
+    model, x, mask = Encoder(), batch(), torch.ones(4, 5)
+    watch, found = watched(model), []
+    for width in (0, 3):
+        wider = torch.cat([x, batch(4, width)], dim=1)
+        model(wider, attention_mask=nn.functional.pad(mask, (0, width)))
+        found.append(watch.mean())
+    close(*found)
+
+
+def test_inputs_of_another_shape_than_the_mask_count_all_their_rows():
+    model, x = Encoder(), batch()
+    watch = watched(model)
+    model(x, attention_mask=torch.zeros(4, 1, 5, 5))
+    close(watch.mean(), mean_squares(model, x))
+    model(x[:, 0], attention_mask=torch.ones(4, 5))
+    close(watch.mean(), mean_squares(model, x[:, 0]))
+
+
+def test_a_pass_without_a_mask_does_not_use_the_mask_of_the_one_before():
+    model, x = Encoder(), batch()
+    watch = watched(model)
+    model(x, attention_mask=torch.tensor([[1, 0, 0, 0, 0]] * 4))
+    watch.mean()
+    model(x)
+    close(watch.mean(), mean_squares(model, x))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(use_reentrant):
+    model, mask = Encoder(), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    watch, parts, found = watched(model), [batch(2), batch(2)], []
+
+    class Twice(nn.Module):
+        def forward(self, x, attention_mask):
+            return checkpoint(functools.partial(Encoder.forward, model), x,
+                              use_reentrant=use_reentrant)  # fmt: skip
+
+    twice = Twice()
+    watch.follow(twice)
+    for forward in (model, twice):
+        for x in parts:
+            forward(x.requires_grad_(), attention_mask=mask).backward()
+        found.append(watch.mean())
+    close(*found)
+
+
+def test_evaluation_is_not_watched():
+    model, x = Encoder(), batch()
+    watch = watched(model)
+    model(x)
+    model.eval()(batch())
+    close(watch.mean(), mean_squares(model, x))
+
+
+def test_a_layer_that_is_run_twice_in_one_pass_counts_both():
+    model, x, other = Encoder(1), batch(), batch()
+    watch = watched(model)
+    model.layers[0](x)
+    model.layers[0](other)
+    close(watch.mean(), mean_squares(model, torch.cat([x, other])))
+
+
+def test_a_layer_that_was_not_run_has_zero_and_none_at_all_is_an_error():
+    model = Encoder(2)
+    watch = watched(model)
+    with pytest.raises(ValueError, match="no layer was seen: make the allocator before"):
+        watch.mean()
+    model.layers[1](batch())
+    first, second = watch.mean()
+    assert not first.any() and second.all()
+
+
+def test_under_autocast_in_bfloat16_the_sums_are_float32():
+    model, x = Encoder().float(), batch().float()
+    watch = watched(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+    found = watch.mean()
+    assert all(own.dtype == torch.float32 for own in found)
+    torch.testing.assert_close(list(found), mean_squares(model, x), rtol=3e-2, atol=1e-3)
+
+
+def test_a_watched_model_saves_what_it_always_saved_and_can_be_copied():
+    model, x = Encoder(), batch()
+    names = model.state_dict().keys()
+    watch = watched(model)
+    model(x)
+    assert model.state_dict().keys() == names
+    twin = copy.deepcopy(model)
+    twin(batch())  # is watched by a copy of the watch
+    close(watch.mean(), mean_squares(model, x))
+
+
+def test_when_it_stops_nothing_is_left_and_a_later_watch_is_left_alone():
+    model = Encoder()
+    first, second = watched(model), watched(model)
+    first.stop()
+    model(batch())
+    assert second.mean() and not first.seen
+    second.stop()
+    assert not model._forward_pre_hooks
+    assert all(layer.watch is None for layer in model.layers)
+
+
+def test_the_allocator_scores_what_the_layers_saw_and_stops_once_pruning_has_ended():
+    model, x = Encoder(), batch()
+    allocator = RankAllocator(model, SCHEDULE, score="output_norm")
+    model(x)
+    layers = list(model.layers)
+    expected = [
+        output_norms(m.lora_A, m.lora_B, m.lora_c, z_square=z)
+        for m, z in zip(layers, mean_squares(model, x), strict=True)
+    ]
+    torch.testing.assert_close(allocator.scores(), torch.cat(expected))
+    for step in range(1, 22):
+        assert all(layer.watch for layer in layers)
+        model(x)
+        allocator.step(step)
+    assert not any(layer.watch for layer in layers) and not model._forward_pre_hooks
+
+
+def test_a_state_from_before_the_end_of_pruning_is_watched_again():
+    model, x = Encoder(), batch()
+    allocator = RankAllocator(model, SCHEDULE, score="output_norm")
+    early = None
+    for step in range(1, 25):
+        model(x)
+        allocator.step(step)
+        early = early or copy.deepcopy(allocator.state_dict())
+    allocator.load_state_dict(early)
+    model(x)
+    allocator.step(2)
+
+
+@pytest.mark.parametrize("score", ["frobenius_share", "abs_c", "random", "loss_sensitivity"])
+def test_scores_that_do_not_need_it_watch_nothing(score):
+    model = Encoder()
+    RankAllocator(model, SCHEDULE, score=score)
+    assert not any(layer.watch for layer in model.layers) and not model._forward_pre_hooks
+
+
+def test_a_function_may_ask_for_both_by_name():
+    model, x, seen = Encoder(), batch(), []
+
+    def mine(lora_A, lora_B, lora_c, *, c_grad, z_square):
+        seen.append((c_grad.shape, z_square.shape))
+        return c_grad.abs() * z_square
+
+    allocator = RankAllocator(model, SCHEDULE, score=mine)
+    model(x).backward()
+    expected = [
+        m.lora_c.grad.abs() * z for m, z in zip(model.layers, mean_squares(model, x), strict=True)
+    ]
+    torch.testing.assert_close(allocator.scores(), torch.cat(expected))
+    assert seen == [((2, 3), (2, 3)), ((1, 3), (1, 3))]  # one call for each shape
+
+
+def test_a_c_without_gradient_says_when_to_call():
+    model = Encoder()
+    allocator = RankAllocator(model, SCHEDULE, score="loss_sensitivity")
+    with pytest.raises(ValueError, match=r"layers\.0\.lora_c has no gradient: .* before optimizer"):
+        allocator.step(1)
+
+
+def own_rows(rank: int) -> torch.Tensor:
+    return torch.randn(3 + rank, 4, generator=torch.Generator().manual_seed(rank)).double()
+
+
+def one_process(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+    torch.manual_seed(0)
+    layer = DynamicLoRALinear(nn.Linear(4, 4), 2, lora_dropout=0.0).double()
+    watch = ZWatch([layer])
+    layer(own_rows(rank))
+    torch.save(watch.mean()[0], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_have_the_mean_over_the_rows_of_both(tmp_path):
+    mp.spawn(one_process, (str(tmp_path),), nprocs=2)
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert torch.equal(one, other)
+    layer = DynamicLoRALinear(nn.Linear(4, 4), 2).double()
+    rows = torch.cat([own_rows(0), own_rows(1)])
+    torch.testing.assert_close(one, (rows @ layer.lora_A.mT).square().mean(dim=0))
