@@ -153,11 +153,11 @@ def encoder_ranks(ranks: Map) -> dict[tuple[str, int], int]:
 
 
 def likeness(maps: Sequence[Map]) -> list[float]:
-    """Spearman's correlation of each map with the mean of the maps at other budgets.
+    """Of each map, the mean of its Spearman correlations with the maps at other budgets.
 
-    A map's budget is its mean rank, by which it is divided before the mean is taken. 0 where either
-    is the same everywhere, since nothing has an order then; NaN if there is no other budget.
-    Raises ValueError for maps that name different matrices, and as `budget` does.
+    A map's budget is its mean rank. A correlation with a map that is the same everywhere counts as
+    0; a map without another budget to compare with gets NaN. Raises ValueError for maps that name
+    different matrices, and as `budget` does.
 
     >>> small, large = {"query": 1, "key": 2, "value": 3}, {"query": 2, "key": 6, "value": 10}
     >>> likeness([small, large])
@@ -169,9 +169,12 @@ def likeness(maps: Sequence[Map]) -> list[float]:
     found = []
     for ranks in maps:
         others = [other for other in maps if budget(other) != budget(ranks)]
-        shares = [sum(other[name] / budget(other) for other in others) for name in ranks]
-        alike = rank_correlation(list(ranks.values()), shares)
-        found.append((0.0 if math.isnan(alike) else alike) if others else math.nan)
+        alike = [
+            rank_correlation(list(ranks.values()), [other[name] for name in ranks])
+            for other in others
+        ]
+        ordered = [0.0 if math.isnan(one) else one for one in alike]
+        found.append(fmean(ordered) if ordered else math.nan)
     return found
 
 
