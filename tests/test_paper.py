@@ -13,8 +13,9 @@ from transformers import (
 )
 
 from drlora_ref import BudgetSchedule
-from drlora_ref.experiments.methods import prepare
+from drlora_ref.experiments.methods import METHODS, prepare
 from drlora_ref.experiments.results import paper
+from drlora_ref.experiments.results.report import beside_paper
 from drlora_ref.inject import count_parameters
 
 GLUE = ("rte", "mrpc", "stsb", "cola", "sst2", "qnli", "qqp", "mnli")
@@ -38,14 +39,54 @@ def in_millions(count: int) -> float:
 
 @pytest.mark.parametrize(
     "number, rows",
-    [(2, 12 * 9), (3, 12 * 4), (4, 7 * 3), (5, 2 * 3), (6, 5 * 3), (7, 8), (8, 11), (9, 7 * 2)],
+    [
+        (1, 3),
+        (2, 12 * 9),
+        (3, 12 * 4),
+        (4, 7 * 3),
+        (5, 2 * 3),
+        (6, 5 * 3),
+        (7, 8),
+        (8, 11),
+        (9, 7 * 2),
+    ],
 )
 def test_every_cell_of_every_table_is_there(number, rows):
     frame = paper.table(number)
     assert len(frame) == rows
     assert not frame.isna().any().any()
-    if number not in (7, 8):
+    if number not in (1, 7, 8):
         assert not frame.duplicated([c for c in frame if c != "value"]).any()
+
+
+def test_table_1_calls_adaptive_what_prunes():
+    one = paper.table(1).set_index("method")
+    assert list(one) == ["allocation", "parametrisation", "penalty"]
+    adaptive = {name for name, how in one.allocation.items() if how == "adaptive"}
+    assert adaptive == {name for name in one.index if METHODS[name].prunes}
+    dynamic, pruned_svd = one.loc["drlora"], one.loc["adalora"]
+    assert list(one.columns[dynamic != pruned_svd]) == ["parametrisation", "penalty"]
+
+
+def test_table_1_holds_no_figures_to_compare_with():
+    with pytest.raises(ValueError, match="table 1 holds no results: take one of 2 to 6, or 9"):
+        beside_paper(pd.DataFrame(), 1)
+
+
+def test_an_outside_run_is_of_a_cell_of_table_2_and_keeps_its_caveats():
+    two = paper.table(2)
+    for run in paper.outside_runs().itertuples():
+        cell = two[(two.method == run.method) & (two.budget == run.budget) & (two.task == run.task)]
+        assert cell.metric.tolist() == [run.metric]
+        assert run.runs >= 1 and run.source and len(run.caveats) >= 1
+        assert all(isinstance(caveat, str) for caveat in run.caveats)
+
+
+def test_the_outside_run_on_sst2_is_a_whole_number_of_sentences():
+    (value,) = paper.outside_runs().value
+    assert round(100 * 817 / paper.table(7).set_index("task").valid["sst2"], 2) == value
+    two = figures(2, task="sst2").droplevel("task")
+    assert two["lora", "small"] < value < two["drlora", "small"]
 
 
 def test_settings_are_table_8_and_half_its_coefficient():
@@ -128,7 +169,7 @@ def test_steps_count_whole_and_last_batches():
         (lambda: paper.settings("sst-2", "lora"), r"paper 'sst-2' \(nearest: sst2\): .* rte, mrpc"),
         (lambda: paper.settings("rte", "dora"), r"paper 'dora' \(nearest: .*lora\): .* drlora, "),
         (lambda: paper.settings("rte", "lora", "big"), r"budget 'big' .* small, large"),
-        (lambda: paper.table(1), r"table 1 .* 2, 3, 4, 5, 6, 7, 8, 9"),
+        (lambda: paper.table(10), r"table 10 .* 1, 2, 3, 4, 5, 6, 7, 8, 9"),
         (lambda: paper.steps("grammar", {}), r"unknown task of the paper 'grammar' .* rte, mrpc"),
     ],
 )
@@ -158,6 +199,13 @@ def test_what_the_text_says_of_table_2_is_right():
     cola = figures(2, task="cola").droplevel("task")
     gains = [cola["drlora", b] - cola[:, b].drop("drlora").max() for b in ("large", "small")]
     assert [round(gain, 2) for gain in gains] == [1.48, 1.73]
+
+
+def test_colas_improvement_of_1_48_is_over_p_adapter_and_not_over_lora():
+    large = figures(2, task="cola").droplevel("task").xs("large", level="budget")
+    gains = (large["drlora"] - large.drop("drlora")).round(2)
+    assert gains.idxmin() == "p-adapter" and gains["p-adapter"] == 1.48
+    assert gains["lora"] == 1.81
 
 
 def test_table_3s_full_count_is_not_that_of_a_model_with_a_span_head():
