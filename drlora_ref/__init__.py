@@ -22,12 +22,7 @@ The names below are in the paper's order; read the files in that order too.
 """
 
 # isort: skip_file
-from drlora_ref.layer import (  # Eq. 5-6
-    DynamicLoRALinear,
-    RankOneComponents,
-    ZWatch,
-    dynamic_layers,
-)
+from drlora_ref.layer import DynamicLoRALinear, RankOneComponents, dynamic_layers  # Eq. 5-6
 from drlora_ref.importance import (  # Eq. 7-8
     SCORES,
     component_norms,
@@ -39,6 +34,7 @@ from drlora_ref.importance import (  # Eq. 7-8
 )
 from drlora_ref.schedule import BudgetSchedule  # Eq. 9
 from drlora_ref.regularizer import dem_loss, dem_penalty  # Eq. 10
+from drlora_ref.watch import ZWatch  # for scores of answers; not in the paper
 from drlora_ref.allocator import RankAllocator, select_components  # Algorithm 1
 from drlora_ref.inject import (
     count_parameters,

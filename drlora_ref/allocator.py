@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from drlora_ref.importance import SCORES, ema_update, random_scores
-from drlora_ref.layer import RankOneComponents, ZWatch, dynamic_layers, stack_by_shape
+from drlora_ref.layer import RankOneComponents, dynamic_layers, stack_by_shape
 from drlora_ref.schedule import BudgetSchedule
+from drlora_ref.watch import ZWatch
 
 
 def select_components(scores: Tensor, keep: int | Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from drlora_ref.allocator import RankAllocator, needs
 from drlora_ref.importance import SCORES
-from drlora_ref.layer import RankOneComponents, ZWatch, like_base
+from drlora_ref.layer import RankOneComponents, like_base
 from drlora_ref.tuner.config import DynamicRankConfig
+from drlora_ref.watch import ZWatch
 
 
 def check_settled(layers: dict[str, RankOneComponents]) -> None:

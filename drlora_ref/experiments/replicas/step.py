@@ -12,9 +12,10 @@ from torch import Tensor
 from drlora_ref.allocator import needs, seen_by_the_step, select_components, zero_pruned
 from drlora_ref.experiments.replicas.model import ReplicatedLoRALinear
 from drlora_ref.importance import SCORES, ema_update
-from drlora_ref.layer import ZWatch, stack_by_shape
+from drlora_ref.layer import stack_by_shape
 from drlora_ref.regularizer import dem_penalty
 from drlora_ref.schedule import BudgetSchedule
+from drlora_ref.watch import ZWatch
 
 BELOW_EVERY_SCORE = -1.0  # scores are norms or shares of norms: 0 is the least
 
