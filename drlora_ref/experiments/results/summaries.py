@@ -79,8 +79,7 @@ def _row(path: Path) -> dict:
         **_further_metrics_at_best(record, parameters),
         **{f"{part}_parameters": _number(counts.get(part)) for part in ("adapter", "head")},
         "total_steps": record["total_steps"],
-        "holdout_score": _number((record.get("holdout") or {}).get("metric")),
-        "final_loss": _final_loss(record),
+        **_of_the_last_model(record),
         **{name: _number(record.get(name)) for name in COSTS},
         "steps_per_second": _steps_per_second(record),
         "device": environment.get("device", ""),
@@ -113,11 +112,14 @@ def arm_name(parameters: dict) -> str:
     return " ".join(words)
 
 
-def _final_loss(record: dict) -> float:
-    """Mean training loss of the last fifth of all steps; NaN if the run did not come so far."""
+def _of_the_last_model(record: dict) -> dict[str, float]:
+    """NaN for the loss of a run that did not come to its end."""
     last = record.get("loss_curve", [])[-max(record["total_steps"] // 5, 1) :]
     whole = record["steps"] == record["total_steps"] and last and None not in last
-    return sum(last) / len(last) if whole else math.nan
+    return {
+        "holdout_score": _number((record.get("holdout") or {}).get("metric")),
+        "final_loss": sum(last) / len(last) if whole else math.nan,
+    }
 
 
 def _number(value: float | None) -> float:

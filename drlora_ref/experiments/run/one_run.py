@@ -214,7 +214,7 @@ def write(run: ReadyRun, trained: Trained) -> records.Record:
 
 def make_record(run: ReadyRun, trained: Trained) -> records.Record:
     """All that is kept of a run, from what went in and what came out."""
-    settings, history, accelerator = run.settings, trained.history, run.accelerator
+    settings, history = run.settings, trained.history
     record: records.Record = {
         **verdict(history.evaluations, run.schedule, history.flagged_at),
         "metric_name": FAMILIES[settings.task].metric_name(settings.task),
@@ -231,6 +231,16 @@ def make_record(run: ReadyRun, trained: Trained) -> records.Record:
         "seconds": round(trained.seconds, 2),
         "evaluation_seconds": round(trained.evaluation_seconds, 2),
         "peak_memory_mib": trained.peak_memory_mib,
+        **_what_went_in(run),
+    }
+    if trained.replicas > 1:
+        record["replicas"] = trained.replicas
+    return record
+
+
+def _what_went_in(run: ReadyRun) -> dict:
+    settings, accelerator, rank_map = run.settings, run.accelerator, run.rank_map
+    return {
         "seed": settings.seed,
         "data": {
             "source": records.without_place(run.data.source),
@@ -248,19 +258,9 @@ def make_record(run: ReadyRun, trained: Trained) -> records.Record:
         },
         "code": code_hash(),
         "key": run.key,
-        "rank_map": run.rank_map
-        and {
-            "source": run.rank_map.source,
-            "sha256": sha256_of(run.rank_map),
-        },
-        "parameters": {
-            **asdict(settings),
-            "rank_map": records.without_place(settings.rank_map),
-        },
+        "rank_map": rank_map and {"source": rank_map.source, "sha256": sha256_of(rank_map)},
+        "parameters": asdict(settings) | {"rank_map": records.without_place(settings.rank_map)},
     }
-    if trained.replicas > 1:
-        record["replicas"] = trained.replicas
-    return record
 
 
 def _rounded(numbers: list[float]) -> list[float | None]:
