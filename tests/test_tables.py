@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from drlora_ref.experiments.grids.notebooks import run_notebook
+from drlora_ref.experiments.results import paper
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "14_tables_and_rank_maps.ipynb"
 MATRICES = ("query", "key", "value")
@@ -88,6 +89,24 @@ def test_figure_2_is_drawn_from_the_records_of_its_budgets(tables):
     folder, text = tables
     assert "Figure 2: not run" not in text
     assert (folder / "rank_maps.png").stat().st_size > 10_000
+
+
+def test_the_claims_of_section_5_2_are_held_against_all_maps_of_a_model(tables):
+    _, text = tables
+    cola, sst2 = (text[text.index(f"{task}, roberta-base, maps:") :] for task in ("cola", "sst2"))
+    assert cola.startswith("cola, roberta-base, maps: 12\n")
+    # the made-up ranks are the same in the three matrices of a layer
+    lines = [line.split() for line in cola.splitlines()[2:7]]
+    assert lines[0] == "middle Wq, Wk: more +0.00 ± 0.00 0 of 12 does not".split()
+    assert lines[2] == "early Wo: more -- 0 of 0 too few maps".split()  # they have no Wo
+    assert sst2.splitlines()[2].split()[-6:] == "0 of 2 too few maps".split()
+
+
+def test_the_outside_run_is_shown_with_its_caveats(tables):
+    _, text = tables
+    shown = text[text.index("AI_DoRA") :]
+    assert shown.startswith("AI_DoRA, runs: 1: drlora 93.69\n")
+    assert all(caveat in shown for caveat in paper.outside_runs().caveats[0])
 
 
 def test_table_5_tells_the_authors_weight_from_the_printed_one(tables):
