@@ -57,6 +57,7 @@ notebooks: $(READY)
 	rm -rf notebooks/runs
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
 	  --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+	$(BIN)/jupyter nbconvert --to notebook --inplace --coalesce-streams notebooks/*.ipynb
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks
