@@ -38,7 +38,7 @@ quick: export OMP_NUM_THREADS = 1
 quick: $(READY)
 	$(BIN)/ruff check $(PAPER:%=drlora_ref/%.py) $(PAPER:%=tests/test_%.py)
 	$(BIN)/ruff format --check $(PAPER:%=drlora_ref/%.py) $(PAPER:%=tests/test_%.py)
-	$(BIN)/python -m pytest -q -p no:nbval $(PAPER:%=drlora_ref/%.py) $(PAPER:%=tests/test_%.py) \
+	$(BIN)/python -m pytest -q -p no:nbval -m "not slow" $(PAPER:%=drlora_ref/%.py) $(PAPER:%=tests/test_%.py) \
 	  tests/test_parity.py
 
 # mypy ends with 1 where it finds errors, and with 2 where it fails itself.

@@ -43,6 +43,7 @@ def test_the_budget_is_exact_for_every_score(score):
     assert result.rank_history[300] == result.ranks
 
 
+@pytest.mark.slow
 def test_under_noise_the_norm_recovers_the_planted_ranks_better_than_the_share():
     ranks, seeds = [0, 0, 1, 2, 4, 6, 8, 11], range(3)
     errors = {
