@@ -54,6 +54,18 @@ def check_scoring(score: str | Callable, beta: float) -> None:
         raise ValueError(f"beta = {beta}: must be at least 0 and less than 1")
 
 
+def check_next_step(global_step: int, last_step: int) -> None:
+    """Raise ValueError unless this step follows the last one: else an event would be missed.
+
+    >>> check_next_step(1, last_step=0)
+    """
+    if global_step != last_step + 1:
+        raise ValueError(
+            f"step({global_step}) after step {last_step}: call it once after every optimizer step, "
+            "and load_state_dict before going on from a checkpoint"
+        )
+
+
 def needs(score: Callable) -> set[str]:
     """What a score asks for by name beyond (lora_A, lora_B, lora_c): z_square, c_grad, or nothing.
 
@@ -186,11 +198,7 @@ class RankAllocator:
 
         Raises ValueError if steps are left out or repeated: the last event would be missed.
         """
-        if global_step != self.last_step + 1:
-            raise ValueError(
-                f"step({global_step}) after step {self.last_step}: call it once after every "
-                "optimizer step, and load_state_dict before going on from a checkpoint"
-            )
+        check_next_step(global_step, self.last_step)
         self.last_step = global_step
         if self.schedule.pruning_ended(global_step):
             if self.watch and self.watch.on:

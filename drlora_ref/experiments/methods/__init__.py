@@ -55,12 +55,15 @@ class Prepared(NamedTuple):
     loss_term: None, or a function of the step's number t (from 1) that gives what belongs into that
     step's loss, once however many batches are accumulated; or None where that is nothing.
     without_rank: matrices that a rank map leaves as they are; the model does not show them.
+    count: None, or a function that counts the adapter's surviving parameters, where the model's own
+    tensors do not show which survive.
     """
 
     model: nn.Module
     allocator: Allocator | None = None
     loss_term: Callable[[int], Tensor | None] | None = None
     without_rank: tuple[str, ...] = ()
+    count: Callable[[], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,8 @@ def prune_once(
     """LoRA by PEFT with init_r in every matrix, cut at t_end to target_r on average: see OneCut."""
     ranks = dict(r=schedule.init_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout)
     adapted = _with_peft(model, LoraConfig, **ranks)
-    return Prepared(adapted, OneCut(adapted, schedule))
+    allocator = OneCut(adapted, schedule)
+    return Prepared(adapted, allocator, count=allocator.count_parameters)
 
 
 def dora_wd(
@@ -191,7 +195,9 @@ def adalora(
         **{name: getattr(schedule, name) for name in names},
     )
     allocator = AdaLoRAAllocator(peft_model, schedule)
-    return Prepared(peft_model, allocator, lambda step: allocator.penalty())
+    return Prepared(
+        peft_model, allocator, lambda step: allocator.penalty(), count=allocator.count_parameters
+    )
 
 
 def h_adapter(model: nn.Module, schedule: BudgetSchedule, *, bottleneck: int = 8) -> Prepared:
@@ -275,8 +281,8 @@ def count_trainable(prepared: Prepared) -> dict[str, int]:
     With full fine-tuning "adapter" is the encoder.
     """
     counts = count_parameters(prepared.model)
-    if isinstance(prepared.allocator, AdaLoRAAllocator | OneCut):
-        counts["adapter"] = prepared.allocator.count_parameters()
+    if prepared.count:
+        counts["adapter"] = prepared.count()
     return counts
 
 

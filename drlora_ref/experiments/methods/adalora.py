@@ -7,6 +7,7 @@ from peft import PeftModel
 from peft.tuners.adalora import AdaLoraLayer
 from torch import Tensor, nn
 
+from drlora_ref.allocator import check_next_step
 from drlora_ref.schedule import BudgetSchedule
 
 SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # PEFT's: sensitivity, its average, its uncertainty
@@ -49,11 +50,7 @@ class AdaLoRAAllocator:
 
     def step(self, global_step: int) -> None:
         """Score, smooth and, where due, prune: after optimizer step number global_step."""
-        if global_step != self.last_step + 1:
-            raise ValueError(
-                f"step({global_step}) after step {self.last_step}: call it once after every "
-                "optimizer step, and load_state_dict before going on from a checkpoint"
-            )
+        check_next_step(global_step, self.last_step)
         self.tuner.update_and_allocate(global_step)
         self.last_step = global_step
         left, due = self.surviving(), self.schedule.target_r * len(self.layers)

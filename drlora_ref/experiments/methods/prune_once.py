@@ -14,7 +14,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from drlora_ref.allocator import select_components
+from drlora_ref.allocator import check_next_step, select_components
 from drlora_ref.schedule import BudgetSchedule
 
 
@@ -78,11 +78,7 @@ class OneCut:
 
         Raises ValueError if steps are left out or repeated: the cut would be missed.
         """
-        if global_step != self.last_step + 1:
-            raise ValueError(
-                f"step({global_step}) after step {self.last_step}: call it once after every "
-                "optimizer step, and load_state_dict before going on from a checkpoint"
-            )
+        check_next_step(global_step, self.last_step)
         self.last_step = global_step
         if global_step == self.schedule.t_end:
             self._cut()

@@ -10,7 +10,6 @@ from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import datasets
 from datasets import Dataset, concatenate_datasets
@@ -38,7 +37,7 @@ from drlora_ref.experiments.tasks.data import (
     read_json_lines,
     task_data,
 )
-from drlora_ref.experiments.tasks.evaluation import check_positive, evaluate_labels, final_labels
+from drlora_ref.experiments.tasks.evaluation import check_lengths, label_inputs
 
 OPTIONS = ("max_length", "eval_batch_size")
 
@@ -209,21 +208,10 @@ def make_inputs(
 
     Shapes of a batch's tensors: (batch, length), or (batch, choices, length).
     """
-    check_positive(eval_batch_size=eval_batch_size)
     encoded = partial(encode, tokenizer=tokenizer, max_length=max_length)
     choices = "endings" in data.train.column_names
     collate = (DataCollatorForMultipleChoice if choices else DataCollatorWithPadding)(tokenizer)
-    given: dict[str, Any] = dict(
-        encoded_validation={split: encoded(rows) for split, rows in data.validation.items()},
-        metric=accuracy_score,
-        collate=collate,
-        batch_size=eval_batch_size,
-    )
-    held = {"holdout": encoded(data.holdout)} if data.holdout else {}
-    score = partial(evaluate_labels, **given)
-    return Inputs(
-        encoded(data.train), collate, score, partial(final_labels, encoded_holdout=held, **given)
-    )
+    return label_inputs(data, encoded, accuracy_score, collate, eval_batch_size)
 
 
 def encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
@@ -234,8 +222,7 @@ def encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
     Raises ValueError for a `max_length` above what the model can read, or too small for a question
     or ending.
     """
-    if not 0 < max_length <= tokenizer.model_max_length:
-        raise ValueError(f"max_length = {max_length}: must be 1 to {tokenizer.model_max_length}")
+    check_lengths(tokenizer, max_length=max_length)
     parts = []
     for rows in dataset.iter(10_000):
         tokens = (_choices if "endings" in rows else _pairs)(rows, tokenizer, max_length)

@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from drlora_ref.experiments.tasks.data import Batch, Collate, Final
+from drlora_ref.experiments.tasks.data import Batch, Collate, Final, Inputs, TaskData
 
 SAME = 1e-5  # scores this close are equal: padding to another length changes one by about 1e-6
 
@@ -21,6 +24,13 @@ def check_positive(**settings: int) -> None:
     for name, value in settings.items():
         if value < 1:
             raise ValueError(f"{name} = {value}: must be at least 1")
+
+
+def check_lengths(tokenizer: PreTrainedTokenizerBase, **lengths: int) -> None:
+    """Raise ValueError, naming it, for a length below 1 or above what the model can read."""
+    for name, length in lengths.items():
+        if not 0 < length <= tokenizer.model_max_length:
+            raise ValueError(f"{name} = {length}: must be 1 to {tokenizer.model_max_length}")
 
 
 @contextmanager
@@ -132,6 +142,30 @@ def _compact(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
     if labels.dtype.kind == "f":
         return values.astype(np.float32)
     return np.where(np.isfinite(values), values, -1).astype(np.int8 if labels.max() < 128 else "i4")
+
+
+def label_inputs(
+    data: TaskData,
+    encoded: Callable[[Dataset], Dataset],
+    metric: Callable[[np.ndarray, list], float],
+    collate: Collate,
+    batch_size: int,
+) -> Inputs:
+    """The Inputs of a task whose answers are labels, its rows as `encoded` gives them.
+
+    Raises ValueError for a batch_size below 1, and as `encoded` does.
+    """
+    check_positive(eval_batch_size=batch_size)
+    given: dict[str, Any] = dict(
+        encoded_validation={split: encoded(rows) for split, rows in data.validation.items()},
+        metric=metric,
+        collate=collate,
+        batch_size=batch_size,
+    )
+    held = {"holdout": encoded(data.holdout)} if data.holdout else {}
+    score = partial(evaluate_labels, **given)
+    final = partial(final_labels, encoded_holdout=held, **given)
+    return Inputs(encoded(data.train), collate, score, final)
 
 
 def final_texts(

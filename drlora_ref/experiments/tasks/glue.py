@@ -25,9 +25,9 @@ from drlora_ref.experiments.sources.models import ModelSource, load_pretrained
 from drlora_ref.experiments.tasks.data import Collate, Inputs, TaskData, find_splits, task_data
 from drlora_ref.experiments.tasks.evaluation import (
     SAME,
-    check_positive,
+    check_lengths,
     evaluate_labels,
-    final_labels,
+    label_inputs,
 )
 from drlora_ref.experiments.tasks.glue_generated import write_glue
 from drlora_ref.experiments.tasks.grammar import grammar_sentences
@@ -197,26 +197,9 @@ def make_inputs(
 
     Shapes of a batch: input_ids and attention_mask (batch, length), labels (batch,).
     """
-    check_positive(eval_batch_size=eval_batch_size)
     encoded = partial(encode, tokenizer=tokenizer, task=data.task, max_length=max_length)
-    validation = {split: encoded(rows) for split, rows in data.validation.items()}
-    collate = DataCollatorWithPadding(tokenizer)
-    score = partial(
-        evaluate,
-        encoded_validation=validation,
-        task=data.task,
-        collate=collate,
-        batch_size=eval_batch_size,
-    )
-    final = partial(
-        final_labels,
-        encoded_validation=validation,
-        encoded_holdout={"holdout": encoded(data.holdout)} if data.holdout else {},
-        metric=partial(metric, data.task),
-        collate=collate,
-        batch_size=eval_batch_size,
-    )
-    return Inputs(encoded(data.train), collate, score, final)
+    collate, score = DataCollatorWithPadding(tokenizer), partial(metric, data.task)
+    return label_inputs(data, encoded, score, collate, eval_batch_size)
 
 
 def encode(
@@ -226,8 +209,7 @@ def encode(
 
     Raises ValueError for a `max_length` below 1 or above what the tokenizer's model can read.
     """
-    if not 0 < max_length <= tokenizer.model_max_length:
-        raise ValueError(f"max_length = {max_length}: must be 1 to {tokenizer.model_max_length}")
+    check_lengths(tokenizer, max_length=max_length)
     parts = []
     for rows in dataset.iter(10_000):  # all of MNLI at once would take 4 GB
         text = [rows[name] for name in get_task(task).columns]

@@ -8,6 +8,8 @@ from datasets import Dataset, concatenate_datasets
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
+from drlora_ref.experiments.tasks.evaluation import check_lengths
+
 QUESTION_LENGTH = 64  # tokens; what is longer is cut
 CHUNK = 1_000  # questions that are encoded at a time; all at once would take several GB
 NO_ANSWER = 0  # the position of the tokenizer's first token, <s> or [CLS], means "no answer here"
@@ -67,8 +69,7 @@ def iterate_windows(
     Raises ValueError for a max_length beyond what the model reads, and for a stride that is not
     less than what max_length leaves for the context beside the longest question.
     """
-    if not 0 < max_length <= tokenizer.model_max_length:
-        raise ValueError(f"max_length = {max_length}: must be 1 to {tokenizer.model_max_length}")
+    check_lengths(tokenizer, max_length=max_length)
     texts, longest = cut_questions(questions, tokenizer)
     _check_room(max_length, stride, longest, tokenizer.num_special_tokens_to_add(pair=True))
     for begin in range(0, len(texts), CHUNK):

@@ -33,6 +33,7 @@ from drlora_ref.experiments.tasks.data import (
 )
 from drlora_ref.experiments.tasks.evaluation import (
     batches_by_length,
+    check_lengths,
     check_positive,
     evaluation_mode,
     final_texts,
@@ -213,9 +214,7 @@ def encode(
     The model itself makes the decoder's input, by shifting the labels one place to the right.
     Raises ValueError for a length below 1 or above what the model can read.
     """
-    for name, length in {"max_length": max_length, "summary_length": summary_length}.items():
-        if not 0 < length <= tokenizer.model_max_length:
-            raise ValueError(f"{name} = {length}: must be 1 to {tokenizer.model_max_length}")
+    check_lengths(tokenizer, max_length=max_length, summary_length=summary_length)
     parts = []
     for rows in dataset.iter(10_000):
         document = tokenizer(rows["document"], truncation=True, max_length=max_length)
