@@ -260,11 +260,8 @@ def _best(grid: Grid, seeds: set[Value]) -> dict[Cell, Parameters]:
         )
     renamed = {"score": "importance_score"}  # as the column is called
     by = [renamed.get(name, name) for name in grid["best_of"]["by"]]
-    chosen = summaries.choose(runs, names if len(names) > 1 else names[0], by)
-    return {
-        cell if len(by) > 1 else (cell,): dict(zip(names, value, strict=True))
-        for cell, value in ((c, v if len(names) > 1 else (v,)) for c, v in chosen.items())
-    }
+    chosen = summaries.choose(runs, names, by)
+    return {cell: dict(zip(names, values, strict=True)) for cell, values in chosen.items()}
 
 
 def _look_at(task: str, data_dir: str) -> tuple[str, int]:

@@ -55,15 +55,15 @@ class Prepared(NamedTuple):
     loss_term: None, or a function of the step's number t (from 1) that gives what belongs into that
     step's loss, once however many batches are accumulated; or None where that is nothing.
     without_rank: matrices that a rank map leaves as they are; the model does not show them.
-    count: None, or a function that counts the adapter's surviving parameters, where the model's own
-    tensors do not show which survive.
+    count_adapter: None, or a function that counts the adapter's surviving parameters, where the
+    model's own tensors do not show which survive.
     """
 
     model: nn.Module
     allocator: Allocator | None = None
     loss_term: Callable[[int], Tensor | None] | None = None
     without_rank: tuple[str, ...] = ()
-    count: Callable[[], int] | None = None
+    count_adapter: Callable[[], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def prune_once(
     ranks = dict(r=schedule.init_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout)
     adapted = _with_peft(model, LoraConfig, **ranks)
     allocator = OneCut(adapted, schedule)
-    return Prepared(adapted, allocator, count=allocator.count_parameters)
+    return Prepared(adapted, allocator, count_adapter=allocator.count_parameters)
 
 
 def dora_wd(
@@ -196,7 +196,10 @@ def adalora(
     )
     allocator = AdaLoRAAllocator(peft_model, schedule)
     return Prepared(
-        peft_model, allocator, lambda step: allocator.penalty(), count=allocator.count_parameters
+        peft_model,
+        allocator,
+        lambda step: allocator.penalty(),
+        count_adapter=allocator.count_parameters,
     )
 
 
@@ -281,8 +284,8 @@ def count_trainable(prepared: Prepared) -> dict[str, int]:
     With full fine-tuning "adapter" is the encoder.
     """
     counts = count_parameters(prepared.model)
-    if prepared.count:
-        counts["adapter"] = prepared.count()
+    if prepared.count_adapter:
+        counts["adapter"] = prepared.count_adapter()
     return counts
 
 

@@ -15,7 +15,12 @@ from scipy.stats import t as student
 
 from drlora_ref.experiments.given import check_name
 from drlora_ref.experiments.results.power import smallest_effect
-from drlora_ref.experiments.results.summaries import SAME_INPUTS, check_cells, check_same
+from drlora_ref.experiments.results.summaries import (
+    SAME_INPUTS,
+    check_baseline,
+    check_cells,
+    check_same,
+)
 from drlora_ref.experiments.run.records import read_predictions
 
 
@@ -158,8 +163,7 @@ def paired_by_example(
     ValueError: no run of 'drlora': there are lora
     """
     by = [by] if isinstance(by, str) else list(by)
-    if baseline not in set(frame[arm]):
-        raise ValueError(f"no run of {baseline!r}: there are {', '.join(sorted(set(frame[arm])))}")
+    check_baseline(baseline, frame[arm])
     check_cells(frame, [*by, arm], "score")
     rows = []
     for key, cell in frame.groupby(by, dropna=False):

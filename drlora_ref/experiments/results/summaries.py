@@ -216,10 +216,7 @@ def paired_difference(
     """
     by = [by] if isinstance(by, str) else list(by)
     check_cells(frame, [*by, "method"], value)
-    if baseline not in set(frame.method):
-        raise ValueError(
-            f"no run of {baseline!r}: there are {', '.join(sorted(set(frame.method)))}"
-        )
+    check_baseline(baseline, frame.method)
     rows = []
     for key, cell in frame.groupby(by, dropna=False):
         check_same(cell, ", ".join(map(str, key)), SAME_INPUTS)
@@ -241,17 +238,19 @@ def choose(
 ) -> dict:
     """{cell: the value of `parameter` with the best mean over seeds}; of equals the first in order.
 
-    Of several parameters, which are then chosen together, it is a tuple of their values.
+    Of a list of parameters, which are then chosen together, it is a tuple of their values; and a
+    cell is a tuple where `by` is a list.
 
     Read with care: the winner's score is flattered by having been picked. Report other seeds.
     Raises ValueError as `summarise` does, and where values were tried on unequal sets of seeds: the
     best of more draws looks better.
     """
-    by = [by] if isinstance(by, str) else list(by)
+    keys = [by] if isinstance(by, str) else list(by)
     names = [parameter] if isinstance(parameter, str) else list(parameter)
-    check_cells(frame, [*by, *names], value)
+    check_cells(frame, [*keys, *names], value)
     chosen = {}
-    for key, cell in frame.groupby(by, dropna=False):
+    for key, cell in frame.groupby(keys, dropna=False):
+        key = key[0] if isinstance(by, str) else key
         candidates = cell.groupby(names if len(names) > 1 else names[0], dropna=False)
         seeds = candidates.seed.agg(lambda tried: tuple(sorted(tried)))
         if seeds.nunique() > 1:
@@ -260,8 +259,14 @@ def choose(
             raise ValueError(f"{key}: each {named} must be tried on the same seeds, not {tried}")
         means = candidates[value].mean()
         best = means.index.tolist()[means.argmax()]  # Python numbers, not NumPy's
-        chosen[key if len(by) > 1 else key[0]] = best
+        chosen[key] = best if isinstance(parameter, str) or len(names) > 1 else (best,)
     return chosen
+
+
+def check_baseline(baseline: str, arms: pd.Series) -> None:
+    """Raise ValueError, naming what there is, if no run is of the baseline."""
+    if baseline not in set(arms):
+        raise ValueError(f"no run of {baseline!r}: there are {', '.join(sorted(set(arms)))}")
 
 
 def check_cells(frame: pd.DataFrame, keys: list[str], value: str) -> None:
