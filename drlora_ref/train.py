@@ -151,7 +151,9 @@ def train(
             with autocast(loss.device):
                 evaluations.append({"step": step, "epoch": epoch, **evaluate(model)})
             evaluation_seconds += time.perf_counter() - before
-            print("step {step} of {T}, epoch {epoch}: {metric:.4f}".format(T=T, **evaluations[-1]))
+            left = (time.perf_counter() - started) / step * (T - step)
+            metric = evaluations[-1]["metric"]
+            print(f"step {step} of {T}, epoch {epoch}: {metric:.4f}; about {left:.0f} s left")
     ranks = allocator.rank_pattern() if allocator else {}
     return {
         "steps": step,
