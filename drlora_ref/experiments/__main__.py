@@ -15,12 +15,9 @@ import os
 import sys
 from dataclasses import fields
 
-from nbclient.exceptions import DeadKernelError
-from papermill.exceptions import PapermillExecutionError
-
 from drlora_ref.experiments.given import check_known, literal, read_yaml
+from drlora_ref.experiments.grids import NotebookError
 from drlora_ref.experiments.grids.grid import run_grid
-from drlora_ref.experiments.grids.notebooks import run_notebook
 from drlora_ref.experiments.run.one_run import run
 from drlora_ref.experiments.run.settings import Settings, describe
 
@@ -30,9 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     try:
         return given.do(given)
-    except PapermillExecutionError as error:
-        return _complain(error.ename, error.evalue)
-    except (OSError, ValueError, ImportError, DeadKernelError) as error:
+    except NotebookError as error:
+        return _complain(error.kind, error.what)
+    except (OSError, ValueError, ImportError) as error:
         return _complain(type(error).__name__, error)
 
 
@@ -82,6 +79,8 @@ def _run(given: argparse.Namespace) -> int:
 
 
 def _notebook(given: argparse.Namespace) -> int:
+    from drlora_ref.experiments.grids.notebooks import run_notebook  # three seconds
+
     executed = run_notebook(given.notebook, given.output_dir, _parameters(given))
     print(f"executed notebook, record and figures: {executed.parent}")
     return 0

@@ -1,4 +1,7 @@
-"""Run a notebook as an experiment: papermill, with its parameters checked first."""
+"""Run a notebook as an experiment: papermill, with its parameters checked first.
+
+papermill and Jupyter take three seconds to import, so who may not need this file imports it late.
+"""
 
 import sys
 import tempfile
@@ -9,12 +12,14 @@ import papermill
 from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from drlora_ref.experiments.given import check_kind, check_known, literal
+from drlora_ref.experiments.grids import NotebookError, Value
 from drlora_ref.experiments.run.records import check_output_dir
 
-Value = str | int | float | bool  # of a parameter
 LOG = "run.log"  # beside the executed notebook: what its cells printed
 
 
@@ -26,8 +31,8 @@ def run_notebook(
     What the cells print appears here as they print it, and is kept in output_dir/run.log; a run
     that goes on from a checkpoint adds to that file.
     Raises, before anything runs or is written, what check_parameters raises, and FileExistsError
-    (output_dir holds a record, and `overwrite` is not among the parameters). papermill's own
-    PapermillExecutionError, if a cell fails, comes after the partly executed copy is saved.
+    (output_dir holds a record, and `overwrite` is not among the parameters). NotebookError, if a
+    cell fails or the kernel dies, comes after the partly executed copy is saved.
     """
     if "output_dir" in parameters:
         raise ValueError("output_dir is the second argument, not a parameter")
@@ -51,17 +56,22 @@ def _execute(
         config = Config(
             KernelManager={"transport": "ipc", "connection_file": f"{sockets}/kernel.json"}
         )
-        papermill.execute_notebook(
-            str(notebook),
-            str(executed),
-            parameters,
-            kernel_name="python3",
-            kernel_manager_class=ThisPython,
-            config=config,
-            progress_bar=False,  # it would run into the lines that the cells print
-            stdout_file=Tee(sys.stdout, log),
-            stderr_file=Tee(sys.stderr, log),
-        )
+        try:
+            papermill.execute_notebook(
+                str(notebook),
+                str(executed),
+                parameters,
+                kernel_name="python3",
+                kernel_manager_class=ThisPython,
+                config=config,
+                progress_bar=False,  # it would run into the lines that the cells print
+                stdout_file=Tee(sys.stdout, log),
+                stderr_file=Tee(sys.stderr, log),
+            )
+        except PapermillExecutionError as error:
+            raise NotebookError(error.ename, error.evalue) from error
+        except DeadKernelError as error:
+            raise NotebookError("DeadKernelError", str(error)) from error
 
 
 class ThisPython(AsyncKernelManager):

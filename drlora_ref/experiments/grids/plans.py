@@ -28,8 +28,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from drlora_ref.experiments.given import check_known, read_yaml
-from drlora_ref.experiments.grids import processes
-from drlora_ref.experiments.grids.notebooks import Value, check_parameters
+from drlora_ref.experiments.grids import Value, processes
 from drlora_ref.experiments.replicas.many_runs import can_be_replica, shared_settings
 from drlora_ref.experiments.results import paper, summaries
 from drlora_ref.experiments.run.rank_maps import find_rank_map, sha256_of
@@ -200,6 +199,8 @@ def _taken(notebook: Path | None, sets: list[Parameters]) -> set[str]:
     """The names that a run may be given: the notebook's parameters, or all of Settings."""
     if notebook is None:
         return {field.name for field in fields(Settings)}
+    from drlora_ref.experiments.grids.notebooks import check_parameters  # three seconds
+
     given = [{k: v for k, v in chosen.items() if k != "table_8"} for chosen in sets]
     return check_parameters(notebook, *given)
 

@@ -22,9 +22,8 @@ from typing import NamedTuple
 import psutil
 import submitit
 import torch
-from papermill.exceptions import PapermillExecutionError
 
-from drlora_ref.experiments.grids.notebooks import Value, run_notebook
+from drlora_ref.experiments.grids import NotebookError, Value
 from drlora_ref.experiments.replicas.many_runs import run_replicas
 from drlora_ref.experiments.run.one_run import run
 from drlora_ref.experiments.run.settings import Settings
@@ -82,8 +81,8 @@ class ProcessWork(submitit.helpers.Checkpointable):
                 run_replicas([_settings(item) for item in left])
             elif left:
                 _run_alone(left[0])
-        except PapermillExecutionError as error:  # its message holds the cell and its traceback
-            raise RuntimeError(_in_one_line(error.ename, error.evalue)) from error
+        except NotebookError as error:
+            raise RuntimeError(_in_one_line(error.kind, error.what)) from error
         except Exception as error:
             raise RuntimeError(_in_one_line(type(error).__name__, str(error))) from error
 
@@ -92,6 +91,8 @@ def _run_alone(item: WorkItem) -> None:
     if item.notebook is None:
         run(_settings(item))
     else:
+        from drlora_ref.experiments.grids.notebooks import run_notebook  # three seconds
+
         run_notebook(item.notebook, item.folder, item.parameters)
 
 

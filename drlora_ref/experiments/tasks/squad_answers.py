@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from torchmetrics.functional.text.squad import squad
 
 from drlora_ref.experiments.tasks.data import Collate
 from drlora_ref.experiments.tasks.evaluation import batches_by_length, evaluation_mode
@@ -130,6 +129,8 @@ def score_answers(answers: list[str], golds: list[list[str]]) -> tuple[float, fl
     >>> score_answers(["the red box", "Rome", ""], [["Box!"], [], []])  # 0, 0, 1 and 2/3, 0, 1
     (0.3333..., 0.5555...)
     """
+    from torchmetrics.functional.text.squad import squad  # two seconds, with all its metrics
+
     counted = [[text for text in texts if _has_words(text)] or [""] for texts in golds]
     found = squad(
         [{"id": str(n), "prediction_text": text} for n, text in enumerate(answers)],
