@@ -9,7 +9,7 @@ DATA_DIR ?=
 OUT ?= runs/$(TASK)
 SETTINGS ?= notebooks/settings/$(if $(filter grammar,$(TASK)),laptop,glue_laptop).yaml
 
-.PHONY: run test quick lint notebooks lab clean
+.PHONY: run test quick lint notebooks trial lab clean
 
 PAPER := layer importance schedule regularizer allocator train inject planted
 
@@ -58,6 +58,19 @@ notebooks: $(READY)
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
 	  --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 	$(BIN)/jupyter nbconvert --to notebook --inplace --coalesce-streams notebooks/*.ipynb
+
+# The trial of notebook 18, part by part: rates, then seeds, then maps. Many hours on a CPU; started
+# again, it goes on where it stopped. GLUE_DIR, or the hub, has the tasks that are not embedded.
+TRIAL := sst2 cola grammar
+trial: export OMP_NUM_THREADS = 1
+trial: $(READY)
+	for task in $(TRIAL); do \
+	  for part in _rates:_rates _arms:_rates _answers:_answers : _maps:_maps; do \
+	    nice -n 19 $(BIN)/python -m drlora_ref.experiments grid \
+	      notebooks/grids/trial_$$task$${part%%:*}.yaml \
+	      --out results/trial_$$task$${part##*:} || exit 1; \
+	  done; \
+	done
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks
