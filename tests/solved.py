@@ -1,9 +1,9 @@
-"""Notebooks as nbval runs them: as committed, and then with the exercises solved.
+"""Notebooks with their exercises solved.
 
     python tests/solved.py solved
 
-writes a copy of each notebook of NBVAL into the folder. After its last cell come, for each
-exercise, the answer, its check, and an assert that the check was content: one kernel shows both
+writes a copy of each notebook of NBVAL into the folder, for nbval. After its last cell come, for
+each exercise, the answer, its check, and an assert that the check was content: one kernel shows
 that the outputs are still those of the committed copy, and that the answers solve the exercises.
 """
 
@@ -21,6 +21,8 @@ COMPARED = "nbval-check-output"  # nbval --nbval-lax compares the outputs of the
 # where another machine may round otherwise, only what is tagged.
 STRICT = ("00", "01", "02", "03", "04", "05", "06", "07")
 NBVAL = (*STRICT, "08", "13", "17")
+# Those that other tests run, with other parameters.
+OTHERS = {"09": "test_real_run", "10": "test_runs", "11": "test_runs", "12": "test_runs"}
 
 
 def tags(cell) -> list[str]:
@@ -50,6 +52,22 @@ def solved(path: Path) -> nbformat.NotebookNode:
         sources = answer, *between, f"%%capture said\n{code[end].source}", said
         book.cells += map(new_code_cell, sources)
     return book
+
+
+def write_in_place(path: Path, folder: Path) -> Path:
+    """A copy of the notebook in the folder, with its answers in the place of its stubs."""
+    book, answers = nbformat.read(path, 4), solutions(path)
+    for cell in book.cells:
+        for tag in set(tags(cell)) & set(answers):
+            cell.source = answers[tag]
+    nbformat.write(book, folder / path.name)
+    return folder / path.name
+
+
+def are_solved(path: Path, executed: nbformat.NotebookNode) -> bool:
+    """Whether the executed copy's checks found every exercise of the notebook correct."""
+    text = "".join(o.get("text", "") for cell in executed.cells for o in cell.get("outputs", []))
+    return all(f"Exercise {i + 1}: correct" in text for i in range(len(solutions(path))))
 
 
 if __name__ == "__main__":

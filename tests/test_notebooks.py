@@ -1,7 +1,7 @@
 """The notebooks: hygiene of the committed copies, and solutions substituted and run by papermill.
 
-nbval runs the others, and compares their outputs (tests/solved.py, and see the Makefile). One
-that was never executed passes nbval, so the hygiene tests look for that.
+tests/solved.py says which are solved here. nbval runs others, and compares their outputs; one that
+was never executed passes nbval, so the hygiene tests look for that.
 """
 
 import ast
@@ -15,7 +15,7 @@ import papermill
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
-from solved import NBVAL, NOTEBOOKS, ROOT, solutions, tags
+from solved import NBVAL, NOTEBOOKS, OTHERS, ROOT, are_solved, solutions, tags, write_in_place
 
 OPENING = ["# ", "**One question:**", "**You will**", "**Needs:**", "**Runs on**", "**Checked by**"]
 CLOSING = ["What we now know", "What the paper does not say", "Where next"]
@@ -118,36 +118,22 @@ def test_exercises_run_unsolved_and_have_answers(path):
         assert check.outputs[0].text == f"Exercise {number}: not solved yet\n"
 
 
-# What makes a solved notebook cheaper to run than the committed one, where its claims allow that,
-# and where to find what the committed one finds beside it.
-SMALLER = {
-    "10": {"max_steps": 20},
-    "11": {"max_steps": 12},
-    "12": {"max_steps": 12},
-    "14": {"results_dir": str(ROOT / "results")},
-}
+# Where to find what the committed notebook finds beside it.
+RESULTS = {number: {"results_dir": str(ROOT / "results")} for number in ("14", "18")}
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in NOTEBOOKS if not p.name.startswith(NBVAL)], ids=lambda path: path.stem
+    "path",
+    [p for p in NOTEBOOKS if not p.name.startswith((*NBVAL, *OTHERS))],
+    ids=lambda path: path.stem,
 )
-def test_the_solutions_solve_the_exercises(path, tmp_path, tiny_encoder):
-    book, answers = nbformat.read(path, 4), solutions(path)
-    for cell in book.cells:
-        for tag in set(tags(cell)) & set(answers):
-            cell.source = answers[tag]
-    nbformat.write(book, tmp_path / "solved.ipynb")
-    given = SMALLER.get(path.name[:2], {})
-    if path.name.startswith("09"):
-        given = {"model_name": str(tiny_encoder), "max_steps": 20, "train_size": 200}
+def test_the_solutions_solve_the_exercises(path, tmp_path):
     done = papermill.execute_notebook(
-        tmp_path / "solved.ipynb",
+        write_in_place(path, tmp_path),
         None,
-        given,
+        RESULTS.get(path.name[:2], {}),
         kernel_name="python3",
         cwd=tmp_path,
         progress_bar=False,
     )
-    text = "".join(o.get("text", "") for cell in done.cells for o in cell.get("outputs", []))
-    for number in range(1, len(answers) + 1):
-        assert f"Exercise {number}: correct" in text
+    assert are_solved(path, done)

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import nbformat
 import papermill
 import pytest
 import yaml
@@ -13,6 +14,7 @@ from drlora_ref.experiments.grids.notebooks import run_notebook
 from drlora_ref.experiments.run.records import read_record
 from drlora_ref.experiments.run.settings import Settings
 from drlora_ref.experiments.tasks.families import FAMILIES
+from solved import are_solved, write_in_place
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SETTINGS = NOTEBOOKS / "settings"
@@ -44,7 +46,9 @@ def test_a_notebook_has_every_setting_that_concerns_its_tasks_but_the_controls_o
 @pytest.mark.parametrize("name", OWN)
 def test_the_notebook_and_the_command_are_one_run(name, tmp_path):
     given = SMALL | GIVEN[name]
-    run_notebook(NOTEBOOKS / f"{name}.ipynb", tmp_path / "notebook", given)
+    path = NOTEBOOKS / f"{name}.ipynb"
+    executed = run_notebook(write_in_place(path, tmp_path), tmp_path / "notebook", given)
+    assert are_solved(path, nbformat.read(executed, 4))
     all_of_them = read_record(tmp_path / "notebook")["parameters"]
     del all_of_them["output_dir"]
     words = [word for key, value in all_of_them.items() for word in ("-p", key, repr(value))]
