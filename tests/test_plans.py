@@ -303,3 +303,25 @@ def test_the_rates_are_chosen_on_other_seeds_and_for_every_cell_of_the_table(tab
     assert not {run["seed"] for run in final} & {run["seed"] for run in tried}
     cells = [{(run["task"], run["method"]) for run in runs} for runs in (final, tried)]
     assert cells[0] == cells[1]
+
+
+def test_follow_authors_sets_what_their_code_does_otherwise_unless_the_grid_says_more():
+    (run,) = plan(read_grid(write_grid(notebook=None, parameters=dict(
+        task="xsum", model_name="tiny-bart", data_dir="generated", follow="authors",
+        weight_decay=0.02))), Path("runs"))  # fmt: skip
+    given = run.work.parameters
+    assert (given["weight_decay"], given["precision"], given["scoring"]) == (
+        0.02,
+        "fp32",
+        "authors",
+    )
+    (run,) = plan(read_grid(write_grid(notebook=None, parameters=dict(
+        data_dir="generated", follow="authors"))), Path("runs"))  # fmt: skip
+    assert run.work.parameters["weight_decay"] == 0.01
+    assert run.work.parameters["scoring"] == "official"  # cola has nothing else
+
+
+def test_only_the_authors_can_be_followed(capsys):
+    write_grid(notebook=None, parameters=dict(data_dir="generated", follow="author"))
+    assert main(["grid", "grid.yaml"]) == 1
+    assert "unknown follow 'author' (nearest: authors)" in capsys.readouterr().err

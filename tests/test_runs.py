@@ -20,7 +20,7 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SETTINGS = NOTEBOOKS / "settings"
 FIELDS = {field.name for field in dataclasses.fields(Settings)}
 # What only one family of tasks knows, and so only its notebook has.
-SQUAD, XSUM = {"stride"}, {"summary_length", "num_beams"}
+SQUAD, XSUM = {"stride", "scoring"}, {"summary_length", "num_beams", "scoring"}
 # Of grids without a notebook.
 CONTROLS = {"rank_map", "permute_map", "holdout", "tinit", "tfinal", "group_by_length"}
 OWN = {"10_roberta_glue": set(), "11_squad": SQUAD, "12_xsum": XSUM}

@@ -16,6 +16,7 @@ from drlora_ref.importance import SCORES
 from drlora_ref.schedule import BudgetSchedule
 from drlora_ref.train import count_steps
 
+SCORINGS = ("official", "authors")
 PRECISIONS = {"auto": "", "fp32": "no", "bf16": "bf16"}  # our words, and accelerate's
 
 
@@ -67,6 +68,7 @@ class Settings:
     stride: int = 128  # tokens that two windows of one text share: SQuAD
     summary_length: int = 64  # tokens of a summary, at most: XSum
     num_beams: int = 3  # beams of the search for a summary: XSum
+    scoring: str = "official"  # of SQuAD and XSum; or authors: as the paper's code counts
     checkpoint_every: int = 500  # optimizer steps; one is also written after each evaluation
     output_dir: str = "runs/mine"  # checkpoint and record go here
     overwrite: bool = False  # True: may replace a record that is there
@@ -79,6 +81,7 @@ class Settings:
         check_name("task", self.task, FAMILIES)
         check_method(self.method)
         check_name("precision", self.precision, PRECISIONS)
+        check_name("scoring", self.scoring, SCORINGS)
         check_name("score", self.score, SCORES)
         for names, holds, words in RANGES:
             for name in names.split():
@@ -149,7 +152,7 @@ RANGES: list[tuple[str, Callable[[float], bool], str]] = [
 PLACES = ("output_dir", "overwrite")
 NOT_IN_KEY = ("data_dir", "model_name", "rank_map", *PLACES, "checkpoint_every")
 # Newer parameters, left out of a key at their defaults: so earlier runs keep the keys they have.
-NEWER = ("holdout", "tinit", "tfinal", "permute_map", "group_by_length")
+NEWER = ("holdout", "tinit", "tfinal", "permute_map", "group_by_length", "scoring")
 
 
 def run_key(
