@@ -30,8 +30,9 @@ class RecoveryResult:
     planted_ranks, ranks: per map, as planted and as found. relative_error: Σ‖ΔW - ΔW*‖² / Σ‖ΔW*‖²
     over all maps; where inputs or losses differ, each norm is E‖·x‖², weighted as the loss.
     spearman: rank correlation of the two lists (nan if one of them is constant).
-    rank_history: {step: ranks} after every pruning event. gradient_norms: of the whole gradient,
-    the penalty's part included, at every step.
+    rank_history: {step: ranks} after every pruning event. gradient_norms: at every step, of the
+    whole gradient, the penalty's part included; pruned_norms: of its part for the c of components
+    that are pruned then. Once pruning has ended, that part moves nothing.
     """
 
     planted_ranks: list[int]
@@ -40,6 +41,7 @@ class RecoveryResult:
     spearman: float
     rank_history: dict[int, list[int]] = field(repr=False)
     gradient_norms: list[float] = field(repr=False)
+    pruned_norms: list[float] = field(repr=False)
 
 
 def plant(planted_ranks: list[int], dim: int, generator: torch.Generator) -> Tensor:
@@ -121,12 +123,7 @@ def recover(
     >>> recover([0, 2], dim=8, init_r=4, target_r=1, total_steps=400, noise=0.0).ranks
     [0, 2]
     """
-    if noise < 0:
-        raise ValueError(f"noise = {noise}: a standard deviation, must be at least 0")
-    if not 0 <= penalty_weight < math.inf:
-        raise ValueError(f"penalty_weight = {penalty_weight}: must be 0 (none) or more, and finite")
-    if not 0 < learning_rate < math.inf:
-        raise ValueError(f"learning_rate = {learning_rate}: must be above 0 and finite")
+    check_training(noise, penalty_weight, learning_rate)
     penalise = penalty_function(penalty)
     scales, factors, weights = of_each_map(planted_ranks, input_scales, strengths, loss_weights)
     lengths = scales * directions(dim, stretch)  # (maps, 1, dim)
@@ -139,7 +136,8 @@ def recover(
     allocator = RankAllocator(layers, schedule, score=score, seed=seed, uniform=uniform)
     optimizer = torch.optim.AdamW(stacks.values(), lr=learning_rate, weight_decay=0.0)
 
-    history, norms = {}, torch.empty(total_steps)
+    history, norms = {}, torch.empty(total_steps, 2)
+    pruned = torch.zeros(len(planted_ranks), init_r, dtype=torch.bool)
     for step in range(1, total_steps + 1):
         x = lengths * torch.randn(len(planted_ranks), BATCH, dim, generator=draw)
         y = x @ truth.mT + noise * torch.randn(x.shape, generator=draw)
@@ -148,12 +146,12 @@ def recover(
         if penalty_weight and not schedule.pruning_ended(step):
             R = penalise(stacks["lora_A"], stacks["lora_B"]).mean()  # all maps have init_r
             (penalty_weight * R).backward()
-        gradient = torch.cat([stack.grad.flatten() for stack in stacks.values()])
-        norms[step - 1] = torch.linalg.vector_norm(gradient)
+        norms[step - 1] = gradient_norms(stacks, pruned)
         optimizer.step()
         allocator.step(step)
         if schedule.prunes_at(step):
             history[step] = list(allocator.rank_pattern().values())
+            pruned = ~allocator.mask.view_as(pruned)
 
     found = torch.stack([layer.delta_weight() for layer in allocator.layers.values()])
     seen = weights.sqrt().view(-1, 1, 1) * lengths  # E‖Mx‖² = ‖M · lengths‖²
@@ -165,8 +163,21 @@ def recover(
         error.item(),
         rank_correlation(planted_ranks, ranks),
         history,
-        norms.tolist(),
+        *norms.T.tolist(),
     )
+
+
+def check_training(noise: float, penalty_weight: float, learning_rate: float) -> None:
+    """Raise ValueError for a number out of its range.
+
+    >>> check_training(noise=0.0, penalty_weight=0.0, learning_rate=0.01)
+    """
+    if noise < 0:
+        raise ValueError(f"noise = {noise}: a standard deviation, must be at least 0")
+    if not 0 <= penalty_weight < math.inf:
+        raise ValueError(f"penalty_weight = {penalty_weight}: must be 0 (none) or more, and finite")
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"learning_rate = {learning_rate}: must be above 0 and finite")
 
 
 def of_each_map(
@@ -228,6 +239,16 @@ def train_together(
         if layer.watch:
             layer.watch(own_z)
         layer.lora_c.grad = c_grad
+
+
+def gradient_norms(stacks: dict[str, nn.Parameter], pruned: Tensor) -> Tensor:
+    """Norm of the whole gradient, and of its part for the c of pruned components: (2,).
+
+    Shapes: pruned (maps, r) of bool
+    """
+    gradients = [cast(Tensor, stack.grad) for stack in stacks.values()]
+    parts = torch.cat([g.flatten() for g in gradients]), cast(Tensor, stacks["lora_c"].grad)[pruned]
+    return torch.stack([torch.linalg.vector_norm(part) for part in parts])
 
 
 def rank_correlation(first: list[int], second: list[int]) -> float:

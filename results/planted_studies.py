@@ -20,7 +20,7 @@ from torch import Tensor
 
 import drlora_ref
 from drlora_ref.importance import importance_scores, update_norm
-from drlora_ref.planted import recover
+from drlora_ref.planted import RecoveryResult, recover
 from drlora_ref.schedule import BudgetSchedule
 
 OUT = Path(__file__).with_suffix(".json")
@@ -111,28 +111,33 @@ def one_run(given: dict) -> dict:
         return given | {"relative_error": None}
     error = result.relative_error if math.isfinite(result.relative_error) else None
     found = {"relative_error": digits(error), "ranks": result.ranks}
-    found |= of_gradients(result.gradient_norms, settings)
+    found |= of_gradients(result, settings)
     if seen:
         found |= of_components(seen["A"], seen["B"], seen["c"], arguments["planted_ranks"])
     return given | found | {"cpu_seconds": round(time.process_time() - started, 1)}
 
 
-def of_gradients(norms: list[float], settings: dict) -> dict:
-    """Median norm; the largest after warm-up, in medians; and by how much an event raises it.
+def of_gradients(result: RecoveryResult, settings: dict) -> dict:
+    """Norms of the gradient: of `all`, and of what is `alive`, without the c of pruned components.
 
-    The gradient before a pruning event is that of its own step, the one after it that of the next:
-    `jump` is the geometric mean of their ratios over all events, `largest_jump` the largest.
+    before, after: the median of the 50 steps before the first event, and of all after the last one.
+    peak: the largest after the first event, in units of `before`. jump: by which factor an event
+    raises the norm from its own step to the next, geometric mean over all events.
     """
     schedule = BudgetSchedule(*(settings[k] for k in ("init_r", "target_r", "total_steps")))
     events = [t for t in range(1, schedule.t_end + 1) if schedule.prunes_at(t)]
-    norm = torch.tensor(norms, dtype=torch.float64)
-    jumps = norm[events] / norm[[t - 1 for t in events]]  # norm[t] is of step t + 1
-    return {
-        "gradient_median": digits(norm.median().item()),
-        "gradient_peak": digits((norm[schedule.tinit :].max() / norm.median()).item()),
-        "jump": digits(jumps.log().mean().exp().item()),
-        "largest_jump": digits(jumps.max().item()),
-    }
+    whole, pruned = torch.tensor([result.gradient_norms, result.pruned_norms], dtype=torch.float64)
+    found = {}
+    for name, norm in {"all": whole, "alive": (whole.square() - pruned.square()).sqrt()}.items():
+        before = norm[schedule.tinit - 50 : schedule.tinit].median()
+        jumps = norm[events] / norm[[t - 1 for t in events]]  # norm[t] is that of step t + 1
+        found[name] = {
+            "before": digits(before.item()),
+            "after": digits(norm[schedule.t_end :].median().item()),
+            "peak": digits((norm[schedule.tinit :].max() / before).item()),
+            "jump": digits(jumps.log().mean().exp().item()),
+        }
+    return found
 
 
 def of_components(A: Tensor, B: Tensor, c: Tensor, planted: list[int]) -> dict:

@@ -177,6 +177,20 @@ def test_the_gradient_norms_are_those_of_the_whole_loss_at_every_step():
     assert result.gradient_norms[0] == pytest.approx(norm, rel=1e-5)
 
 
+def test_the_gradient_of_pruned_components_is_the_part_of_their_c():
+    """None before the first event, and some of it at every step once pruning has ended."""
+    result = planted.recover([0, 2], dim=8, init_r=4, target_r=2, total_steps=100)
+    assert len(result.pruned_norms) == 100 and not any(result.pruned_norms[:15])  # tinit
+    norms = zip(result.pruned_norms[50:], result.gradient_norms[50:], strict=True)
+    assert all(0 < part < whole for part, whole in norms)
+    stacks = {name: torch.nn.Parameter(torch.ones(2, 3)) for name in ("lora_A", "lora_c")}
+    for stack in stacks.values():
+        stack.grad = torch.full((2, 3), 2.0)
+    pruned = torch.tensor([[True, False, False], [False, True, True]])
+    found = planted.gradient_norms(stacks, pruned)
+    torch.testing.assert_close(found, torch.tensor([12.0, 3.0]).sqrt() * 2)
+
+
 def test_the_penalty_of_the_stack_is_that_of_the_model_and_counts_until_pruning_has_ended():
     seen = []
 
