@@ -170,16 +170,21 @@ def key(row: dict) -> str:
     return json.dumps([row.get(name, DEFAULTS[name]) for name in DEFAULTS] + [row["seed"]])
 
 
-def main(seeds: int = 5) -> None:
-    rows = json.loads(OUT.read_text())["runs"] if OUT.exists() else []
+def jobs(seeds: range) -> dict[str, dict]:
+    """All runs by their key; what two studies ask for is one run."""
     wanted = [*allocation(), *initial_budgets(), *penalties(), *learning_rates()]
-    jobs = {key(one | {"seed": s}): one | {"seed": s} for one in wanted for s in range(seeds)}
-    rows = [row for row in rows if key(row) in jobs]
-    left = [job for k, job in jobs.items() if k not in {key(row) for row in rows}]
+    return {key(one | {"seed": s}): one | {"seed": s} for one in wanted for s in seeds}
+
+
+def main(seeds: int = 5) -> None:
+    asked = jobs(range(seeds))
+    earlier = json.loads(OUT.read_text())["runs"] if OUT.exists() else []
+    done = {key(row): row for row in earlier}
+    left = [given for k, given in asked.items() if k not in done]
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         for number, row in enumerate(pool.imap(one_run, left), 1):
-            rows.append(row)
-            write(rows, seeds)
+            done[key(row)] = row
+            write([done[k] for k in asked if k in done], seeds)
             print(f"{number} of {len(left)}", row, flush=True)
 
 

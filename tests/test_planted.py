@@ -1,6 +1,9 @@
 """Problems with a known answer."""
 
+import importlib.util
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -198,9 +201,11 @@ def test_the_penalty_of_the_stack_is_that_of_the_model_and_counts_until_pruning_
         seen.append((A.shape, B.shape))
         return PENALTIES["l2"](A, B)
 
-    by_function = planted.recover([0, 4], penalty=watched, penalty_weight=0.1, **SMALL)
-    assert seen == [((2, 6, 16), (2, 16, 6))] * 300  # t_end
-    assert by_function == planted.recover([0, 4], penalty="l2", penalty_weight=0.1, **SMALL)
+    given = dict(SMALL, total_steps=100, penalty_weight=0.1)
+    by_function = planted.recover([0, 4], penalty=watched, **given)
+    assert seen == [((2, 6, 16), (2, 16, 6))] * 50  # t_end
+    by_name = planted.recover([0, 4], penalty="l2", **given)
+    assert by_function.gradient_norms == by_name.gradient_norms
     layers, stacks = planted.stacked_layers(3, dim=4, r=2)
     for name, penalty in PENALTIES.items():
         of_the_stack = penalty(stacks["lora_A"], stacks["lora_B"]).mean()
@@ -229,3 +234,33 @@ def test_uniform_leaves_every_map_the_same():
     assert result.ranks == [2, 2, 2, 2] and math.isnan(result.spearman)
     missed = (1 + 2) / 8  # of the maps that need 3 and 4
     assert missed < result.relative_error < missed + 0.05
+
+
+@pytest.fixture(scope="module")
+def studies():
+    """results/planted_studies.py as a module."""
+    path = Path(__file__).parents[1] / "results" / "planted_studies.py"
+    spec = importlib.util.spec_from_file_location("planted_studies", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_record_of_the_studies_holds_every_run_that_its_script_asks_for(studies):
+    record = json.loads(studies.OUT.read_text())
+    assert record["worlds"] == studies.WORLDS and record["defaults"] == studies.DEFAULTS
+    there, seeds = [studies.key(run) for run in record["runs"]], range(5)
+    assert sorted(there) == sorted(studies.jobs(seeds)) and len(set(there)) == len(there)
+
+
+def test_a_run_of_the_studies_comes_out_again(studies):
+    given = {"init_r": 4, "total_steps": 750, "seed": 3}
+    (found,) = [
+        run
+        for run in json.loads(studies.OUT.read_text())["runs"]
+        if studies.key(run) == studies.key(given)
+    ]
+    again = studies.one_run(given)
+    assert again.keys() == found.keys() and again["ranks"] == found["ranks"] == [4] * 8
+    assert again["relative_error"] == pytest.approx(found["relative_error"], rel=1e-3)
+    assert again["alive"]["after"] == pytest.approx(found["alive"]["after"], rel=0.05)
