@@ -28,8 +28,8 @@ EACH_CORE := -n auto --maxprocesses 8
 test: export OMP_NUM_THREADS = 1
 test: $(READY)
 	$(BIN)/python -m pytest -q $(EACH_CORE) --dist worksteal
-	$(BIN)/python tests/solved.py solved
-	$(BIN)/python -m pytest -q $(EACH_CORE) --dist loadfile --nbval-lax --nbval-current-env solved
+	$(BIN)/python tests/solved.py solved_notebooks
+	$(BIN)/python -m pytest -q $(EACH_CORE) --dist loadfile --nbval-lax --nbval-current-env solved_notebooks
 
 # For whoever edits the paper's files: their tests and doctests, in under half a minute.
 quick: export OMP_NUM_THREADS = 1
@@ -82,4 +82,4 @@ $(READY): pyproject.toml
 	touch $(READY)
 
 clean:
-	rm -rf .venv runs notebooks/runs solved
+	rm -rf .venv runs notebooks/runs solved_notebooks
