@@ -270,6 +270,10 @@ def speed(run) -> float:
 
 
 COUNTS = {
+    "check_1_uniform_random_informed": 5 * 4 * 5,
+    "check_2_gradient_norms": 2 * 5 * 2 * 5,
+    "check_3_budgets": 4 * 4 * 5,
+    "question_3_penalties": 13 * 2 * 5,
     "figure_2": 4 * 3,
     "smoke_cola": 2 * 2,
     "table_2": 12 * 8 * 5,
