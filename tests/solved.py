@@ -1,6 +1,6 @@
 """Notebooks with their exercises solved.
 
-    python tests/solved.py solved
+    python tests/solved.py solved_notebooks
 
 writes a copy of each notebook of NBVAL into the folder, for nbval. After its last cell come, for
 each exercise, the answer, its check, and an assert that the check was content: one kernel shows

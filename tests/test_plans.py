@@ -285,7 +285,7 @@ COUNTS = {
     "table_5": 9 * 5,
     "table_6": 5 * 3 * 5,
     "table_9": 7 * 3,
-    "trial_sst2_length": 2 * 2,
+    "trial_sst2_length": 2 * 2 * 2,
 }
 for _task in ("sst2", "cola", "grammar"):
     COUNTS |= {
