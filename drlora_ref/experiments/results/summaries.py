@@ -93,12 +93,14 @@ def _row(path: Path, each_at_its_best: bool) -> dict:
 
 
 def arm_name(parameters: dict) -> str:
-    """What is compared in a trial: method, ranks, score, and where a rank map came from.
+    """What is compared in a trial: method, ranks, score, penalty, and where a rank map came from.
 
     >>> arm_name({"method": "lora", "target_r": 2, "rank_map": "runs/found", "permute_map": 3})
     'lora r=2 permuted map'
     >>> arm_name({"method": "drlora", "init_r": 6, "target_r": 2, "importance_score": "abs_c"})
     'drlora r=6→2 abs_c'
+    >>> arm_name({"method": "drlora", "init_r": 3, "target_r": 2, "penalty": "l2"})
+    'drlora r=3→2 l2'
     """
     method = parameters["method"]
     words, known = [method], METHODS.get(method)
