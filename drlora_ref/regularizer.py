@@ -32,11 +32,25 @@ def dem_penalty(lora_A: Tensor, lora_B: Tensor) -> Tensor:
     return (lora_A.var(dim=-1) + lora_B.var(dim=-2)).mean(dim=-1)
 
 
+def check_dem(layers: dict[str, RankOneComponents]) -> None:
+    """Raise ValueError naming a layer whose aᵢ or bᵢ is a single number: it has no variance.
+
+    >>> check_dem({"query": RankOneComponents(4, 4, r=2)})
+    """
+    for name, layer in layers.items():
+        d_in, d_out = layer.lora_A.shape[-1], layer.lora_B.shape[-2]
+        if min(d_in, d_out) < 2:
+            raise ValueError(
+                f"{name} has {d_in} inputs and {d_out} outputs, and DEM (Eq. 10) takes a variance over "
+                "each: adapt it without DEM (dem_weight 0), or leave it out of target_modules"
+            )
+
+
 def dem_loss(model: nn.Module | dict[str, RankOneComponents]) -> Tensor:
     """R over all components of all layers (Eq. 10), a scalar with gradient: add dem_weight · R.
 
     `model`, or its adapted layers by name. Layers of one shape share one call. Raises ValueError
-    if the model has no adapted layer.
+    if the model has no adapted layer, or naming one with a single input or output.
 
     Choice: pruned components count too (the authors' code as well): they train on and may return.
 
@@ -45,9 +59,11 @@ def dem_loss(model: nn.Module | dict[str, RankOneComponents]) -> Tensor:
     >>> bool(dem_loss(nn.Sequential(layer)) == dem_penalty(layer.lora_A, layer.lora_B))
     True
     """
-    layers = list(dynamic_layers(model).values())
-    if not layers:
+    by_name = dynamic_layers(model)
+    if not by_name:
         raise ValueError("the model has no DynamicLoRALinear: call inject_adapters first")
+    check_dem(by_name)
+    layers = list(by_name.values())
     total: Tensor = sum(  # type: ignore[assignment]  # the int 0 only if there were no layer
         dem_penalty(A, B).sum() * A.shape[-2]  # the mean over a layer's r components, times r
         for _, (A, B, _) in stack_by_shape(layers)

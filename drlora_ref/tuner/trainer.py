@@ -6,10 +6,17 @@ by `class MyTrainer(DynamicRankMixin, TheirTrainer)`.
 """
 
 import inspect
+import json
+import re
+import warnings
+import zipfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from drlora_ref.tuner.model import find_tuner
 
@@ -31,8 +38,9 @@ class DynamicRankCallback(TrainerCallback):
 
     Raises ValueError when training begins: if total_step is not the number of steps to come, if
     the adapter has been trained for other than the steps that Trainer resumes from, or if
-    dem_weight is set and nothing adds DEM. And when training ends before pruning does. Parameters
-    sharded by FSDP or DeepSpeed are refused; DDP is fine.
+    dem_weight is set and nothing adds DEM. At the first step whose gradients are without DEM, since
+    a loss of the user's own has taken the place of ours. And when training ends before pruning
+    does. Parameters sharded by FSDP or DeepSpeed are refused; DDP is fine.
     """
 
     def __init__(self, adds_dem: bool = False):
@@ -93,6 +101,57 @@ def divides_its_loss(model: nn.Module) -> bool:
     return "loss_function" in calls and getattr(model, "loss_type", None) in DIVIDED
 
 
+def last_whole(args: TrainingArguments, wanted: str | bool) -> str | bool:
+    """The checkpoint to resume from: the one wanted (True: the last), or the last whole one before.
+
+    Warns where that is not the one wanted. Where the last was wanted and none is whole it is False:
+    training starts anew. Raises ValueError if one was named, and neither it nor one before is whole.
+    """
+    path = Path(get_last_checkpoint(args.output_dir) or "") if wanted is True else Path(wanted)
+    if not path.name or not path.is_dir() or not (reason := incomplete(path, args)):
+        return wanted  # Trainer knows what to say of a folder that is not there
+    numbers = {_number(p): p for p in path.parent.iterdir()}
+    before = [n for n, p in numbers.items() if 0 < n < _number(path) and not incomplete(p, args)]
+    if not before and wanted is not True:
+        raise ValueError(f"{path} is not a whole checkpoint, and none before it is: {reason}")
+    instead = numbers[max(before)] if before else False
+    warnings.warn(
+        f"{path.name} is not a whole checkpoint ({reason}): "
+        + (f"resuming from {instead.name}" if instead else "training starts from the beginning"),
+        stacklevel=3,
+    )
+    return str(instead) if instead else False
+
+
+def incomplete(checkpoint: Path, args: TrainingArguments) -> str:
+    """The first file of a checkpoint that is missing or cut off, and which of the two; or "".
+
+    A cut tells by itself: JSON does not parse, a safetensors file is shorter than its head says, and
+    what torch.save writes is a zip archive, whose table of contents comes last.
+    """
+    training = [] if args.save_only_model else ["optimizer.pt", "scheduler.pt", "rng_state*.pth"]
+    for pattern in ["**/adapter_model.safetensors", *training, "trainer_state.json"]:
+        if not any(checkpoint.glob(pattern)):
+            return f"{pattern.removeprefix('**/')} is missing"
+    for path in sorted(checkpoint.rglob("*")):
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_bytes())
+            elif path.suffix == ".safetensors":
+                safe_open(path, "pt")
+            elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
+                raise ValueError
+        except (ValueError, SafetensorError):
+            return f"{path.name} is cut off"
+    return ""
+
+
+def _number(checkpoint: Path) -> int:
+    """n of a folder checkpoint-n, else 0."""
+    found = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
+    return int(found[1]) if found else 0
+
+
 # To a type checker the mix-in is a Trainer: it has what it asks of self, and super() is one.
 if TYPE_CHECKING:
     _Trainer = Trainer
@@ -114,6 +173,9 @@ class DynamicRankMixin(_Trainer):
     Logged with each training loss: `rank` (surviving components, mean over matrices), `rank_min`,
     `rank_max`, and `rank_budget`, the b(t) of Eq. 9.
 
+    Who kills a training may leave a half-written checkpoint. Asked to resume from it, or from the
+    last one (resume_from_checkpoint=True), `train` takes the last that is whole, and says so.
+
     Raises TypeError for a model without a dynamic-rank adapter, ValueError under FSDP or DeepSpeed.
     """
 
@@ -128,10 +190,16 @@ class DynamicRankMixin(_Trainer):
         self.remove_callback(DynamicRankCallback)  # one that was added by hand: it would step twice
         self.add_callback(DynamicRankCallback(adds_dem=True))
 
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if resume_from_checkpoint:
+            resume_from_checkpoint = last_whole(self.args, resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        result = super().compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
+        loss, outputs = result if return_outputs else (result, None)
         tuner = find_tuner(self.model)
         weight = tuner.peft_config[tuner.one_adapter()].dem_weight
         step = self.state.global_step + 1  # the one that this loss belongs to
