@@ -174,8 +174,8 @@ def ema_update(previous: Tensor, current: Tensor, beta: float = 0.9) -> Tensor:
 
     One mini-batch is a noisy witness; β = 0.9 remembers about 1 / (1-β) = 10 steps.
 
-    Shapes: any two that broadcast. Half precision becomes float32: in bfloat16 the average of ones at
-    β = 0.999 would stick at 0.5. Raises ValueError unless 0 ≤ beta < 1.
+    Shapes: any two that broadcast. Half precision becomes float32: in bfloat16 the average of ones
+    at β = 0.999 would stick at 0.5. Raises ValueError unless 0 ≤ beta < 1.
 
     Choice: no correction of the start (Adam has one). After t steps of a constant score s the
     average is (1 - βᵗ) s: the same factor for all components, so their order is right from step 1.

@@ -1,9 +1,8 @@
 """Putting the adapters into a transformer, counting them, and folding them away again."""
 
 import difflib
-import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
@@ -67,7 +66,7 @@ def head_modules(model: nn.Module) -> list[str]:
     """
     model = bare(model)
     if hasattr(model, "get_base_model"):  # PEFT's, and these are its names for what is in it
-        inside = model.get_base_model()
+        inside = cast(Any, model).get_base_model()
         vars(inside).setdefault("new_modules", [])  # if not known by now: PEFT's own are new too
         return [f"base_model.model.{name}" for name in head_modules(inside)]
     found = task_modules(model) + new_modules(model)
@@ -83,8 +82,6 @@ def task_modules(model: nn.Module) -> list[str]:
     if getattr(model, "get_output_embeddings", lambda: None)() is not None:
         return []
     outside = [n for n, m in named if n and "." not in n and m is not body]
-    if re.search("TokenClassification|QuestionAnswering", type(model).__name__):
-        return outside  # which read every token's states: what a pooler makes of them is not used
     pooler = "decoder" if model.base_model_prefix == "perceiver" else "pooler"
     return outside + [name for name, _ in named if name.split(".")[-1] == pooler]
 
@@ -107,8 +104,8 @@ def new_modules(model: nn.Module) -> list[str]:
 def in_head(name: str, heads: Iterable[str]) -> bool:
     """Whether a module or parameter is one of these modules, or inside one.
 
-    >>> in_head("classifier.dense.weight", ["classifier"]), in_head("pre_classifier", ["classifier"])
-    (True, False)
+    >>> [in_head(name, ["classifier"]) for name in ("classifier.dense.weight", "pre_classifier")]
+    [True, False]
     """
     return any(name == head or name.startswith(head + ".") for head in heads)
 

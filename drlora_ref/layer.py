@@ -102,8 +102,8 @@ class DynamicLoRALinear(RankOneComponents):
     """A frozen linear layer plus r rank-1 components: W = W0 + ΔW (Eq. 6).
 
     Shapes: x (..., d_in) -> (..., d_out). The parameters, the mask and `delta_weight` are those of
-    RankOneComponents; W0 is in `base_layer`. To model code that reads `weight`, `bias`, `in_features`
-    or `out_features` it is a linear layer.
+    RankOneComponents; W0 is in `base_layer`. To model code that reads `weight`, `bias`,
+    `in_features` or `out_features` it is a linear layer.
 
     Read with care: code that computes with `weight` instead of calling the layer passes the
     components by. `weight` is W in evaluation, so that the answers are right (fused kernels, as in

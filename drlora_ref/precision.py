@@ -1,8 +1,8 @@
-"""What is trained, and what is decided by it, is float32, whatever the model around it is cast to.
+"""What is trained, and what decides about it, is float32, whatever the model around it is cast to.
 
-Half precision is for frozen weights. AdamW divides by √v + 1e-8, and 1e-8 is 0 in float16: the first
-step gives NaN. bfloat16 has 8 bits of mantissa, so a weight of 1 does not feel a step of 0.001, nor
-does the average of Eq. 8. float64 stays float64.
+Half precision is for frozen weights. AdamW divides by √v + 1e-8, and in float16 1e-8 is 0: its
+first step gives NaN. bfloat16 has 8 bits of mantissa, so that a weight of 1 does not feel a step of
+0.001, and no more does the average of Eq. 8. float64 stays float64.
 """
 
 from collections.abc import Callable
@@ -69,10 +69,9 @@ def _take_up(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
     if halves := [t.dtype for t in module.parameters() if t.dtype in HALF]:
         module.float()
     inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-    given = [t.dtype for t in inputs if t.is_floating_point()]
+    given: list[Any] = [t.dtype for t in inputs if t.is_floating_point()]
     # An embedding has no input of floating point: its outputs go by the type that it had itself.
-    before = vars(module).get("dtype_around")
-    vars(module)["dtype_around"] = (given or halves or [before])[0]
+    vars(module)["dtype_around"] = (given or halves or [vars(module).get("dtype_around")])[0]
     return tree_map_only(Tensor, _float_if_half, (args, kwargs))
 
 

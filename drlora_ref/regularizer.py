@@ -41,8 +41,8 @@ def check_dem(layers: dict[str, RankOneComponents]) -> None:
         d_in, d_out = layer.lora_A.shape[-1], layer.lora_B.shape[-2]
         if min(d_in, d_out) < 2:
             raise ValueError(
-                f"{name} has {d_in} inputs and {d_out} outputs, and DEM (Eq. 10) takes a variance over "
-                "each: adapt it without DEM (dem_weight 0), or leave it out of target_modules"
+                f"{name} has {d_in} inputs and {d_out} outputs, and DEM (Eq. 10) is a variance "
+                "over either: adapt it without DEM (dem_weight 0), or leave it out of the targets"
             )
 
 

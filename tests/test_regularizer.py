@@ -59,3 +59,12 @@ def test_a_vector_of_one_element_has_no_variance():
 def test_a_model_without_adapters_is_refused():
     with pytest.raises(ValueError, match="call inject_adapters first"):
         dem_loss(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("d_in, d_out", [(1, 4), (4, 1), (1, 1)])
+def test_a_layer_whose_vectors_are_single_numbers_is_named(d_in, d_out):
+    model = nn.ModuleDict({"query": nn.Linear(4, 4), "gate": nn.Linear(d_in, d_out)})
+    for name, linear in model.items():
+        model[name] = DynamicLoRALinear(linear, r=2)
+    with pytest.raises(ValueError, match=f"gate has {d_in} inputs and {d_out} outputs, and DEM"):
+        dem_loss(model)

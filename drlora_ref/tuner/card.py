@@ -49,11 +49,11 @@ def model_card(
     `model` is the plain one that was adapted; a local folder is named without its place. Names are
     data: whatever stands in them, the page shows it and its code quotes it.
     """
-    base = config.base_model_name_or_path
-    local = bool(base) and os.path.exists(base)
+    base = config.base_model_name_or_path or ""
+    local = os.path.exists(base)
     name = Path(base).name if local else base
     facts = {
-        "base model": (f"{name} (a local folder)" if local else name) or "not named",
+        "base model": f"{name} (a local folder)" if local else name or "not named",
         "task": task or "not named",
         **{name: f"{value:.4g}" for name, value in metric.items()},
         "rank": f"{min(ranks.values())} to {max(ranks.values())}",
@@ -96,7 +96,7 @@ def is_our_card(path: Path) -> bool:
     return path.is_file() and TITLE in path.read_text(encoding="utf-8", errors="replace")
 
 
-def _on_the_hub(name: str | None) -> bool:
+def _on_the_hub(name: str) -> bool:
     """Whether the hub could have a model of this name: it refuses a card that names another."""
     try:
         validate_repo_id(name)
@@ -105,7 +105,7 @@ def _on_the_hub(name: str | None) -> bool:
     return True
 
 
-def _make_base(model: nn.Module, name: str | None) -> str:
+def _make_base(model: nn.Module, name: str) -> str:
     """The lines of Python that make the base model."""
     kind = type(model).__name__
     if not isinstance(model, PreTrainedModel):

@@ -275,7 +275,8 @@ def _install(new: Path, folder: Path) -> None:
 
 def _exchange(one: Path, other: Path) -> bool:
     """Let two folders change places in one step; False where the system cannot (Linux can)."""
-    rename = getattr(ctypes.pythonapi, "renameat2", None)
+    if not hasattr(ctypes.pythonapi, "renameat2"):
+        return False
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    paths = os.fsencode(one), os.fsencode(other)
-    return bool(rename) and rename(here, paths[0], here, paths[1], exchange) == 0
+    paths = here, os.fsencode(one), here, os.fsencode(other)
+    return ctypes.pythonapi.renameat2(*paths, exchange) == 0

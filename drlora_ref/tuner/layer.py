@@ -86,11 +86,12 @@ class DynamicRankLinear(nn.Module, BaseTunerLayer):
             self.unmerge()
         if self.disable_adapters or self.merged:
             return []
-        return [self.components(n) for n in self.active_adapters if n in self.dynamic_rank_components]
+        here = self.dynamic_rank_components
+        return [self.components(name) for name in self.active_adapters if name in here]
 
     @property
     def weight(self) -> Tensor:
-        """The base weight in training, and with what is added to it in evaluation: (d_out, d_in)."""
+        """The base weight in training, with what is added to it in evaluation: (d_out, d_in)."""
         W = self.base_layer.weight
         for components in [] if self.training else self._added():
             W = W + components.update().to(W.dtype)
@@ -207,9 +208,9 @@ class AllocatorState(StaysFloat32):
         taken = any(layer.lora_c.grad is not None for layer in allocator.layers.values())
         if taken and not counted and not allocator.schedule.pruning_ended(step):
             raise ValueError(
-                f"dem_weight is set, but step {step} was taken without DEM: its loss is not that of "
-                "DynamicRankTrainer.compute_loss. A compute_loss or training_step of your own must "
-                "call super()'s, or add dem_weight * model.dem_loss()"
+                f"dem_weight is set, but step {step} was taken without DEM: its loss is not that "
+                "of DynamicRankTrainer.compute_loss. A compute_loss or training_step of your own "
+                "must call super()'s, or add dem_weight * model.dem_loss()"
             )
 
     @torch.no_grad()

@@ -59,8 +59,8 @@ class DynamicRankModel(BaseTuner):
     the one active adapter, as do `schedule()` and `rank_pattern()`. Each raises ValueError if
     several are active.
 
-    Raises ValueError for a model that has adapters already, and where it is refused the model is as it
-    was before.
+    Raises ValueError for a model that has adapters already, and as check_task, whole_modules,
+    check_name, check_target and check_dem do. A model that is refused is as it was before.
 
     Read with care: merging goes by the mask and so do the ranks, the forward pass goes by c; the
     two agree once pruning has ended. Merging before that raises ValueError.
@@ -104,9 +104,8 @@ class DynamicRankModel(BaseTuner):
             if config.dem_weight:
                 check_dem(layers)
             adapted = [m for m in model.modules() if isinstance(m, DynamicRankLinear)]
-            where = {
-                m.base_layer.weight.device for m in adapted if adapter_name in m.dynamic_rank_components
-            }
+            ours = [m for m in adapted if adapter_name in m.dynamic_rank_components]
+            where = {m.base_layer.weight.device for m in ours}
             if len(where) > 1:
                 named = ", ".join(sorted(map(str, where)))
                 raise ValueError(f"the model is on {named}: scores need one device")

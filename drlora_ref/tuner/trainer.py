@@ -11,11 +11,11 @@ import re
 import warnings
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from drlora_ref.tuner.model import find_tuner
@@ -76,6 +76,8 @@ class DynamicRankCallback(TrainerCallback):
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         # Scores may need the gradients: before Trainer sets them to zero and counts the step.
         tuner, step = find_tuner(model), state.global_step + 1
+        if all(layer.lora_c.grad is None for layer in tuner.layers().values()):
+            raise ValueError(f"no gradient reaches any component in step {step}: none is trained")
         tuner.update_and_allocate(step)
         # This step's evaluation comes after this call, so what was best through t_end is forgotten
         # in the step after it.
@@ -101,35 +103,35 @@ def divides_its_loss(model: nn.Module) -> bool:
     return "loss_function" in calls and getattr(model, "loss_type", None) in DIVIDED
 
 
-def last_whole(args: TrainingArguments, wanted: str | bool) -> str | bool:
+def last_whole(output_dir: str, wanted: str | bool) -> str | bool:
     """The checkpoint to resume from: the one wanted (True: the last), or the last whole one before.
 
-    Warns where that is not the one wanted. Where the last was wanted and none is whole it is False:
-    training starts anew. Raises ValueError if one was named, and neither it nor one before is whole.
+    Warns where that is not the one wanted. Where the last was wanted and none is whole it is False,
+    and training starts anew. Raises ValueError if one was named and neither it nor one before it is
+    whole.
     """
-    path = Path(get_last_checkpoint(args.output_dir) or "") if wanted is True else Path(wanted)
-    if not path.name or not path.is_dir() or not (reason := incomplete(path, args)):
+    path = Path((get_last_checkpoint(output_dir) or "") if wanted is True else str(wanted))
+    if not path.name or not path.is_dir() or not (reason := incomplete(path)):
         return wanted  # Trainer knows what to say of a folder that is not there
-    numbers = {_number(p): p for p in path.parent.iterdir()}
-    before = [n for n, p in numbers.items() if 0 < n < _number(path) and not incomplete(p, args)]
-    if not before and wanted is not True:
+    before = [p for p in path.parent.iterdir() if 0 < _number(p) < _number(path)]
+    instead = max((p for p in before if not incomplete(p)), key=_number, default=None)
+    if instead is None and wanted is not True:
         raise ValueError(f"{path} is not a whole checkpoint, and none before it is: {reason}")
-    instead = numbers[max(before)] if before else False
-    warnings.warn(
-        f"{path.name} is not a whole checkpoint ({reason}): "
-        + (f"resuming from {instead.name}" if instead else "training starts from the beginning"),
-        stacklevel=3,
-    )
+    then = f"resuming from {instead.name}" if instead else "training starts from the beginning"
+    warnings.warn(f"{path.name} is not a whole checkpoint ({reason}): {then}", stacklevel=3)
     return str(instead) if instead else False
 
 
-def incomplete(checkpoint: Path, args: TrainingArguments) -> str:
-    """The first file of a checkpoint that is missing or cut off, and which of the two; or "".
+def incomplete(checkpoint: Path) -> str:
+    """What tells that the writing of a checkpoint was not finished: a file and its state; or "".
 
-    A cut tells by itself: JSON does not parse, a safetensors file is shorter than its head says, and
-    what torch.save writes is a zip archive, whose table of contents comes last.
+    trainer_state.json is written last. And a file that was cut off shows it: JSON does not parse, a
+    safetensors file is shorter than its head says, and what torch.save writes is a zip archive,
+    whose table of contents comes last.
     """
-    training = [] if args.save_only_model else ["optimizer.pt", "scheduler.pt", "rng_state*.pth"]
+    training = ["optimizer.pt", "scheduler.pt", "rng_state*.pth"]
+    if not any(any(checkpoint.glob(pattern)) for pattern in training):
+        training = []  # saved with save_only_model
     for pattern in ["**/adapter_model.safetensors", *training, "trainer_state.json"]:
         if not any(checkpoint.glob(pattern)):
             return f"{pattern.removeprefix('**/')} is missing"
@@ -138,9 +140,10 @@ def incomplete(checkpoint: Path, args: TrainingArguments) -> str:
             if path.suffix == ".json":
                 json.loads(path.read_bytes())
             elif path.suffix == ".safetensors":
-                safe_open(path, "pt")
+                with safe_open(path, "pt"):
+                    pass
             elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
-                raise ValueError
+                return f"{path.name} is cut off"
         except (ValueError, SafetensorError):
             return f"{path.name} is cut off"
     return ""
@@ -176,10 +179,17 @@ class DynamicRankMixin(_Trainer):
     Who kills a training may leave a half-written checkpoint. Asked to resume from it, or from the
     last one (resume_from_checkpoint=True), `train` takes the last that is whole, and says so.
 
-    Raises TypeError for a model without a dynamic-rank adapter, ValueError under FSDP or DeepSpeed.
+    Raises TypeError for a model without a dynamic-rank adapter and for a class in which a Trainer
+    stands before it, ValueError under FSDP or DeepSpeed.
     """
 
     model_accepts_loss_kwargs: bool
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if Trainer in order and order.index(Trainer) < order.index(DynamicRankMixin):
+            raise TypeError(f"class {cls.__name__}: DynamicRankMixin must stand before the Trainer")
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -192,11 +202,12 @@ class DynamicRankMixin(_Trainer):
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         if resume_from_checkpoint:
-            resume_from_checkpoint = last_whole(self.args, resume_from_checkpoint)
+            folder = str(self.args.output_dir)
+            resume_from_checkpoint = last_whole(folder, resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        result = super().compute_loss(
+        result: Any = super().compute_loss(
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
         loss, outputs = result if return_outputs else (result, None)
