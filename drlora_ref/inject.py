@@ -45,7 +45,7 @@ BASE_MODELS = {
     ),
 }
 
-# What a head is called where a model does not say which part of it is pretrained.
+# What a head is called in the kinds above, and in a model that does not say what is pretrained.
 HEADS = {"classification_head", "classifier", "pooler", "qa_outputs", "score"}
 
 
@@ -101,12 +101,18 @@ def new_modules(model: nn.Module) -> list[str]:
     return vars(model)["new_modules"]
 
 
-def in_head(name: str, heads: Iterable[str]) -> bool:
+def in_head(name: str, heads: Iterable[str] | None = None) -> bool:
     """Whether a module or parameter is one of these modules, or inside one.
+
+    Without a model's head_modules it goes by HEADS, which serves for the kinds in BASE_MODELS.
 
     >>> [in_head(name, ["classifier"]) for name in ("classifier.dense.weight", "pre_classifier")]
     [True, False]
+    >>> in_head("classifier.dense.weight"), in_head("encoder.layer.0.output.dense.weight")
+    (True, False)
     """
+    if heads is None:
+        return not HEADS.isdisjoint(name.split("."))
     return any(name == head or name.startswith(head + ".") for head in heads)
 
 

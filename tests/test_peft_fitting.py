@@ -178,9 +178,7 @@ def test_a_name_by_which_tensors_cannot_be_told_apart_is_refused(name):
         model.add_adapter(name, DynamicRankConfig(init_r=3, target_r=2))
 
 
-@pytest.mark.parametrize(
-    "name", ["rank", "dynamic_", "a", "scores", "Query", "layer-2", "an adapter"]
-)
+@pytest.mark.parametrize("name", ["rank", "a", "Query", "an adapter"])
 @pytest.mark.filterwarnings("ignore:Adapter name")
 def test_any_other_name_is_kept_apart_and_comes_back(name, tmp_path):
     model = train(adapted(total_step=12, dem_weight=0.0))
@@ -188,7 +186,7 @@ def test_any_other_name_is_kept_apart_and_comes_back(name, tmp_path):
     model.add_adapter(name, DynamicRankConfig(**given))
     first = logits(model)
     model.set_adapter(name)
-    second = logits(train(model))
+    second = logits(train(model, steps=2))
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base_model(), tmp_path)
     assert torch.equal(logits(loaded), first) and not torch.allclose(first, second)

@@ -5,7 +5,7 @@ the sub-layers of a frozen transformer.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from drlora_ref.inject import default_target_modules, head_modules, in_head, matrix_label
+from drlora_ref.inject import default_target_modules, in_head, matrix_label
 
 
 class BottleneckAdapter(nn.Module):
@@ -59,8 +59,7 @@ def insert_adapters(model: nn.Module, bottleneck: int, after_attention: bool) ->
     """
     ends = ("Wo", "Wf2") if after_attention else ("Wf2",)  # the last matrices of the sub-layers
     default_target_modules(model)  # raises for a kind of model that is not known
-    heads = head_modules(model)
     for name, module in list(model.named_modules()):
-        if not in_head(name, heads) and matrix_label(name) in ends:
+        if not in_head(name) and matrix_label(name) in ends:
             model.set_submodule(name, BottleneckAdapter(module, bottleneck))
     return model

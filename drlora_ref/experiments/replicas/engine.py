@@ -17,7 +17,7 @@ from drlora_ref.experiments.run.engine import warmed_up
 from drlora_ref.experiments.run.order import Numbers
 from drlora_ref.experiments.run.settings import Settings
 from drlora_ref.experiments.tasks.data import Final, Inputs
-from drlora_ref.inject import in_head, task_modules
+from drlora_ref.inject import in_head
 from drlora_ref.schedule import BudgetSchedule
 
 
@@ -126,8 +126,7 @@ class Replicas:
         """As Engine's, the same numbers as of the run alone: padding does not count."""
         ranks = dict(zip(self.layers, self.allocator.ranks()[:, run].tolist(), strict=True))
         sizes = {n: m.lora_A.shape[2] + m.lora_B.shape[1] for n, m in self.layers.items()}
-        heads = task_modules(self.model)
-        head = [p[run] for name, p in self.trainable.items() if in_head(name, heads)]
+        head = [p[run] for name, p in self.trainable.items() if in_head(name)]
         began_with = self.allocator.alive[:, run].sum(dim=1).tolist()  # components of each matrix
         c = int(self.prunes[run])
         numbers = sum(r * (size + c) for r, size in zip(began_with, sizes.values(), strict=True))

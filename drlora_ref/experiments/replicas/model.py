@@ -22,7 +22,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from drlora_ref.experiments.methods import Prepared
-from drlora_ref.inject import head_modules, in_head
+from drlora_ref.inject import in_head
 from drlora_ref.layer import dynamic_layers
 
 
@@ -51,11 +51,10 @@ def take_apart(prepared: Prepared) -> Part:
     else:
         lora = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
         parts = {n.removeprefix("base_model.model."): _as_components(m) for n, m in lora.items()}
-    heads = head_modules(model)
     head = {
         name.removeprefix("base_model.model.").replace("modules_to_save.default.", ""): p
         for name, p in model.named_parameters()
-        if p.requires_grad and in_head(name, heads)
+        if p.requires_grad and in_head(name)
     }
     trained = sum(p.requires_grad for p in model.parameters())
     if not parts or trained != len(head) + len(parts) * (3 if layers else 2):

@@ -46,7 +46,6 @@ class Settings:
     epochs: int = 45  # passes over the training set
     max_steps: int = 0  # optimizer steps in all, T; 0: the epochs decide
     max_length: int = 128  # tokens; what is longer is cut (SQuAD: read in windows)
-    group_by_length: bool = False  # True: a batch has rows of about one length, so less padding
     train_size: int = 0  # training examples, drawn at random; 0: all
     holdout: int = 0  # training examples never trained on, the same for every seed: a second test
     dem_weight: float = 0.15  # η, the weight of Eq. 10 as printed
@@ -149,7 +148,7 @@ RANGES: list[tuple[str, Callable[[float], bool], str]] = [
 PLACES = ("output_dir", "overwrite")
 NOT_IN_KEY = ("data_dir", "model_name", "rank_map", *PLACES, "checkpoint_every")
 # Newer parameters, left out of a key at their defaults: so earlier runs keep the keys they have.
-NEWER = ("holdout", "tinit", "tfinal", "permute_map", "group_by_length")
+NEWER = ("holdout", "tinit", "tfinal", "permute_map")
 
 
 def run_key(

@@ -32,7 +32,7 @@ from transformers.utils import logging as progress
 from drlora_ref.experiments.given import nearest
 from drlora_ref.experiments.sources.hub import fetch_from_hub
 from drlora_ref.experiments.sources.words import vocabulary
-from drlora_ref.inject import in_head, task_modules
+from drlora_ref.inject import in_head
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")  # any one of these will do
@@ -137,7 +137,7 @@ def load_pretrained(
     `auto_class` is one of transformers' AutoModelFor classes, and `settings` go into the model's
     configuration. A head that the checkpoint lacks is drawn from torch's generator: call
     torch.manual_seed first. Raises ValueError for a kind of model that has no such head, and where
-    more than the head (inject.task_modules) is missing: transformers would draw that at random too.
+    more than the head (inject.in_head) is missing: transformers would draw that at random too.
     """
     config = AutoConfig.from_pretrained(source.path, local_files_only=True)
     # Private, but nothing public leads from an auto class to the models that it has a head for.
@@ -154,8 +154,7 @@ def load_pretrained(
             output_loading_info=True,
             **settings,
         )
-    heads = task_modules(model)
-    missing = {key for key in report["missing_keys"] if not in_head(key, heads)}
+    missing = {key for key in report["missing_keys"] if not in_head(key)}
     if lost := sorted(missing | {key for key, *_ in report["mismatched_keys"]}):
         raise ValueError(f"{source.source}: weights missing or of another shape: {lost}")
     return model, tokenizer
