@@ -270,6 +270,10 @@ def speed(run) -> float:
 
 
 COUNTS = {
+    "check_1_uniform_random_informed": 5 * 4 * 5,
+    "check_2_gradient_norms": 2 * 5 * 2 * 5,
+    "check_3_budgets": 4 * 4 * 5,
+    "question_3_penalties": 13 * 2 * 5,
     "figure_2": 4 * 3,
     "smoke_cola": 2 * 2,
     "table_2": 12 * 8 * 5,
@@ -281,6 +285,7 @@ COUNTS = {
     "table_5": 9 * 5,
     "table_6": 5 * 3 * 5,
     "table_9": 7 * 3,
+    "trial_sst2_length": 2 * 2 * 2,
 }
 for _task in ("sst2", "cola", "grammar"):
     COUNTS |= {
@@ -303,3 +308,25 @@ def test_the_rates_are_chosen_on_other_seeds_and_for_every_cell_of_the_table(tab
     assert not {run["seed"] for run in final} & {run["seed"] for run in tried}
     cells = [{(run["task"], run["method"]) for run in runs} for runs in (final, tried)]
     assert cells[0] == cells[1]
+
+
+def test_follow_authors_sets_what_their_code_does_otherwise_unless_the_grid_says_more():
+    (run,) = plan(read_grid(write_grid(notebook=None, parameters=dict(
+        task="xsum", model_name="tiny-bart", data_dir="generated", follow="authors",
+        weight_decay=0.02))), Path("runs"))  # fmt: skip
+    given = run.work.parameters
+    assert (given["weight_decay"], given["precision"], given["scoring"]) == (
+        0.02,
+        "fp32",
+        "authors",
+    )
+    (run,) = plan(read_grid(write_grid(notebook=None, parameters=dict(
+        data_dir="generated", follow="authors"))), Path("runs"))  # fmt: skip
+    assert run.work.parameters["weight_decay"] == 0.01
+    assert run.work.parameters["scoring"] == "official"  # cola has nothing else
+
+
+def test_only_the_authors_can_be_followed(capsys):
+    write_grid(notebook=None, parameters=dict(data_dir="generated", follow="author"))
+    assert main(["grid", "grid.yaml"]) == 1
+    assert "unknown follow 'author' (nearest: authors)" in capsys.readouterr().err

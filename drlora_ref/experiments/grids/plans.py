@@ -14,7 +14,8 @@ a record and no executed notebook, and any parameter of Settings may be set. Wit
 that the notebook takes.
 
 `table_8: small` (or large) stands for what paper.settings has for the task and method at that
-budget; what is written beside it takes precedence. `cost` says what to expect, `slurm` what to ask
+budget; what is written beside it takes precedence. `follow: authors` stands for what their code
+does otherwise than ours (paper.authors). `cost` says what to expect, `slurm` what to ask
 of a cluster.
 """
 
@@ -27,7 +28,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TypedDict
 
-from drlora_ref.experiments.given import check_known, read_yaml
+from drlora_ref.experiments.given import check_known, check_name, read_yaml
 from drlora_ref.experiments.grids import Value, processes
 from drlora_ref.experiments.replicas.many_runs import can_be_replica, shared_settings
 from drlora_ref.experiments.results import paper, summaries
@@ -53,6 +54,7 @@ KEYS = {
 Parameters = dict[str, Value]
 Cell = tuple[Value, ...]  # what a run has of the parameters in best_of's `by`
 CELL = ["task", "method"]
+STANDS_FOR = ("table_8", "follow")  # words for several parameters at once
 
 
 class BestOf(TypedDict):
@@ -140,7 +142,7 @@ def _check_sets(file: str | Path, grid: Grid) -> None:
     if twice := [name for name, times in Counter(names).items() if times > 1]:
         raise ValueError(f"{file} sets {', '.join(twice)} in two places")
     # Where a run is kept is the grid's to say.
-    known = ["table_8", *(f.name for f in fields(Settings) if f.name not in PLACES)]
+    known = [*STANDS_FOR, *(f.name for f in fields(Settings) if f.name not in PLACES)]
     check_known(f"{file}: a run has no", [*names, *best["by"]], known)
     given = [value for one in (same, *cases) for value in one.values()]
     for value in itertools.chain(given, *vary.values()):
@@ -201,7 +203,7 @@ def _taken(notebook: Path | None, sets: list[Parameters]) -> set[str]:
         return {field.name for field in fields(Settings)}
     from drlora_ref.experiments.grids.notebooks import check_parameters  # three seconds
 
-    given = [{k: v for k, v in chosen.items() if k != "table_8"} for chosen in sets]
+    given = [{k: v for k, v in chosen.items() if k not in STANDS_FOR} for chosen in sets]
     return check_parameters(notebook, *given)
 
 
@@ -233,6 +235,9 @@ def _settings(
     cell = tuple(chosen.get(name, getattr(Settings, name)) for name in by)
     try:
         base = paper.settings(*pair, chosen.pop("table_8")) if "table_8" in chosen else {}
+        if "follow" in chosen:
+            check_name("follow", chosen.pop("follow"), ["authors"])
+            base |= paper.authors(chosen["task"])
         settings = Settings(**base | best.get(cell, {}) | chosen)
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from None

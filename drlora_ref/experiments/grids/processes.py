@@ -2,7 +2,8 @@
 
 submitit starts each pack of runs in a process of its own, here or there. This file says how many
 of them at a time, with how many threads, on which GPU, and what becomes of them when somebody
-interrupts.
+interrupts. A process imports what its runs need when it does them: a notebook's kernel trains by
+itself, so the process that waits for it needs no model.
 """
 
 import os
@@ -24,9 +25,6 @@ import submitit
 import torch
 
 from drlora_ref.experiments.grids import NotebookError, Value
-from drlora_ref.experiments.replicas.many_runs import run_replicas
-from drlora_ref.experiments.run.one_run import run
-from drlora_ref.experiments.run.settings import Settings
 
 # What a grid file may ask of Slurm, and submitit's names for it.
 SLURM = {
@@ -78,7 +76,7 @@ class ProcessWork(submitit.helpers.Checkpointable):
         left = [item for item in pack if not _is_done(item)]  # preempted before its end
         try:
             if len(left) > 1:
-                run_replicas([_settings(item) for item in left])
+                _run_together(left)
             elif left:
                 _run_alone(left[0])
         except NotebookError as error:
@@ -87,17 +85,23 @@ class ProcessWork(submitit.helpers.Checkpointable):
             raise RuntimeError(_in_one_line(type(error).__name__, str(error))) from error
 
 
+def _run_together(items: list[WorkItem]) -> None:
+    from drlora_ref.experiments.replicas.many_runs import run_replicas
+    from drlora_ref.experiments.run.settings import Settings
+
+    run_replicas([Settings(**one.parameters, output_dir=str(one.folder)) for one in items])
+
+
 def _run_alone(item: WorkItem) -> None:
     if item.notebook is None:
-        run(_settings(item))
+        from drlora_ref.experiments.run.one_run import run
+        from drlora_ref.experiments.run.settings import Settings
+
+        run(Settings(**item.parameters, output_dir=str(item.folder)))
     else:
-        from drlora_ref.experiments.grids.notebooks import run_notebook  # three seconds
+        from drlora_ref.experiments.grids.notebooks import run_notebook
 
         run_notebook(item.notebook, item.folder, item.parameters)
-
-
-def _settings(item: WorkItem) -> Settings:
-    return Settings(**item.parameters, output_dir=str(item.folder))
 
 
 def _is_done(item: WorkItem) -> bool:

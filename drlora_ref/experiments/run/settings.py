@@ -13,9 +13,11 @@ from drlora_ref.experiments.given import check_kind, check_name
 from drlora_ref.experiments.methods import METHODS, check_method
 from drlora_ref.experiments.tasks.families import FAMILIES
 from drlora_ref.importance import SCORES
+from drlora_ref.regularizer import PENALTIES
 from drlora_ref.schedule import BudgetSchedule
 from drlora_ref.train import count_steps
 
+SCORINGS = ("official", "authors")
 PRECISIONS = {"auto": "", "fp32": "no", "bf16": "bf16"}  # our words, and accelerate's
 
 
@@ -46,9 +48,11 @@ class Settings:
     epochs: int = 45  # passes over the training set
     max_steps: int = 0  # optimizer steps in all, T; 0: the epochs decide
     max_length: int = 128  # tokens; what is longer is cut (SQuAD: read in windows)
+    group_by_length: bool = False  # True: a batch has rows of about one length, so less padding
     train_size: int = 0  # training examples, drawn at random; 0: all
     holdout: int = 0  # training examples never trained on, the same for every seed: a second test
-    dem_weight: float = 0.15  # η, the weight of Eq. 10 as printed
+    dem_weight: float = 0.15  # η, the weight of Eq. 10 as printed, or of another penalty
+    penalty: str = "dem"  # Eq. 10; or one of its rivals: l1, l2, spectral
     tinit: float = 0.15  # share of all steps before the first pruning event
     tfinal: float = 0.5  # share of all steps after the last one; 0: it is the last act
     deltaT: int = 10  # optimizer steps between two pruning events
@@ -66,6 +70,7 @@ class Settings:
     stride: int = 128  # tokens that two windows of one text share: SQuAD
     summary_length: int = 64  # tokens of a summary, at most: XSum
     num_beams: int = 3  # beams of the search for a summary: XSum
+    scoring: str = "official"  # of SQuAD and XSum; or authors: as the paper's code counts
     checkpoint_every: int = 500  # optimizer steps; one is also written after each evaluation
     output_dir: str = "runs/mine"  # checkpoint and record go here
     overwrite: bool = False  # True: may replace a record that is there
@@ -78,7 +83,9 @@ class Settings:
         check_name("task", self.task, FAMILIES)
         check_method(self.method)
         check_name("precision", self.precision, PRECISIONS)
+        check_name("scoring", self.scoring, SCORINGS)
         check_name("score", self.score, SCORES)
+        check_name("penalty", self.penalty, PENALTIES)
         for names, holds, words in RANGES:
             for name in names.split():
                 value = getattr(self, name)
@@ -148,7 +155,15 @@ RANGES: list[tuple[str, Callable[[float], bool], str]] = [
 PLACES = ("output_dir", "overwrite")
 NOT_IN_KEY = ("data_dir", "model_name", "rank_map", *PLACES, "checkpoint_every")
 # Newer parameters, left out of a key at their defaults: so earlier runs keep the keys they have.
-NEWER = ("holdout", "tinit", "tfinal", "permute_map")
+NEWER = (
+    "holdout",
+    "tinit",
+    "tfinal",
+    "permute_map",
+    "group_by_length",
+    "scoring",
+    "penalty",
+)
 
 
 def run_key(
