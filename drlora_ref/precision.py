@@ -21,7 +21,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     >>> [at_least_float32(torch.ones(1).to(t)).dtype for t in (torch.bfloat16, torch.float64)]
     [torch.float32, torch.float64]
     """
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.float() if tensor.dtype in HALF else tensor
 
 
 class StaysFloat32(nn.Module):
@@ -72,7 +72,7 @@ def _take_up(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
     given: list[Any] = [t.dtype for t in inputs if t.is_floating_point()]
     # An embedding has no input of floating point: its outputs go by the type that it had itself.
     vars(module)["dtype_around"] = (given or halves or [vars(module).get("dtype_around")])[0]
-    return tree_map_only(Tensor, _float_if_half, (args, kwargs))
+    return tree_map_only(Tensor, at_least_float32, (args, kwargs))
 
 
 def _give_back(module: nn.Module, args: tuple, output: Any) -> Any:
@@ -80,7 +80,3 @@ def _give_back(module: nn.Module, args: tuple, output: Any) -> Any:
     if around not in HALF:
         return output
     return tree_map_only(Tensor, lambda t: t.to(around) if t.is_floating_point() else t, output)
-
-
-def _float_if_half(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in HALF else tensor
