@@ -36,12 +36,12 @@ from transformers import (
 
 from drlora_ref import BudgetSchedule
 from drlora_ref.tuner import DynamicRankConfig
+from drlora_ref.tuner.checkpoints import last_whole
 from drlora_ref.tuner.trainer import (
     DynamicRankCallback,
     DynamicRankMixin,
     DynamicRankTrainer,
     divides_its_loss,
-    last_whole,
 )
 
 pytestmark = [
