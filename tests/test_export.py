@@ -627,6 +627,15 @@ def test_an_export_keeps_the_folders_mode_and_the_links_to_it(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"out", "link"}
 
 
+def test_an_export_into_the_working_directory_leaves_it_in_place(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    export_lora(ours(), ".")
+    export_lora(other(ours()), ".", overwrite=True)
+    assert {path.name for path in Path.cwd().iterdir()} == FILES
+    assert_same_logits(loaded("."), other(ours()))
+
+
 def test_where_nothing_can_be_written_beside_the_folder_it_is_written_within(tmp_path, monkeypatch):
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and access(path, mode))

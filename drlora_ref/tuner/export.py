@@ -265,8 +265,9 @@ def _write(
 def _install(new: Path, folder: Path) -> None:
     """The new files in the place of the old: all at once, or so that no mixture can be loaded."""
     ours_alone = {path.name for path in folder.iterdir()} <= set(FILES)
+    here = Path.cwd().is_relative_to(folder)  # this process would be left in the old one
     new.chmod(folder.stat().st_mode)
-    if ours_alone and _exchange(new, folder):
+    if ours_alone and not here and _exchange(new, folder):
         return  # what lies in `new` now is the old set
     (folder / FILES[-1]).unlink(missing_ok=True)  # without it, PEFT finds no adapter
     for name in FILES:
