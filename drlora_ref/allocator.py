@@ -261,9 +261,9 @@ class RankAllocator:
         if passed_by:
             more = f" and {len(passed_by) - 3} more" if len(passed_by) > 3 else ""
             raise ValueError(
-                f"no gradient reaches {', '.join(passed_by[:3])}{more}: the model does not call it "
-                "(a fused kernel may read its weight), and its components would take a share of "
-                "the budget for nothing. Leave it out of target_modules"
+                f"no gradient reaches {', '.join(passed_by[:3])}{more}: the model does not call "
+                "such a layer (a fused kernel may read its weight), and its components would take "
+                "a share of the budget for nothing. Leave it out of target_modules"
             )
 
     def _set_mask(self, mask: Tensor) -> None:

@@ -18,13 +18,16 @@ from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from signal import SIG_BLOCK, SIGINT, pthread_sigmask
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 import submitit
 import torch
 
 from drlora_ref.experiments.grids import NotebookError, Value
+
+if TYPE_CHECKING:
+    from drlora_ref.experiments.run.settings import Settings
 
 # What a grid file may ask of Slurm, and submitit's names for it.
 SLURM = {
@@ -85,19 +88,23 @@ class ProcessWork(submitit.helpers.Checkpointable):
             raise RuntimeError(_in_one_line(type(error).__name__, str(error))) from error
 
 
-def _run_together(items: list[WorkItem]) -> None:
-    from drlora_ref.experiments.replicas.many_runs import run_replicas
+def _settings(item: WorkItem) -> "Settings":
     from drlora_ref.experiments.run.settings import Settings
 
-    run_replicas([Settings(**one.parameters, output_dir=str(one.folder)) for one in items])
+    return Settings(**item.parameters, output_dir=str(item.folder))
+
+
+def _run_together(items: list[WorkItem]) -> None:
+    from drlora_ref.experiments.replicas.many_runs import run_replicas
+
+    run_replicas([_settings(item) for item in items])
 
 
 def _run_alone(item: WorkItem) -> None:
     if item.notebook is None:
         from drlora_ref.experiments.run.one_run import run
-        from drlora_ref.experiments.run.settings import Settings
 
-        run(Settings(**item.parameters, output_dir=str(item.folder)))
+        run(_settings(item))
     else:
         from drlora_ref.experiments.grids.notebooks import run_notebook
 
