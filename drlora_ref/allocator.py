@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from drlora_ref.importance import SCORES, ema_update, random_scores
 from drlora_ref.layer import RankOneComponents, dynamic_layers, stack_by_shape
+from drlora_ref.precision import at_least_float32
 from drlora_ref.schedule import BudgetSchedule
 from drlora_ref.watch import ZWatch
 
@@ -103,12 +105,28 @@ def c_gradients(layers: dict[str, Any]) -> list[Tensor]:
     return [layer.lora_c.grad for layer in layers.values()]
 
 
+def unreached(layers: dict[str, Any]) -> set[str]:
+    """The layers whose c no gradient has reached; none if c has no gradient in any layer.
+
+    >>> unreached({"query": RankOneComponents(2, 2, r=1)})
+    set()
+    """
+    without = {name for name, layer in layers.items() if layer.lora_c.grad is None}
+    return without if len(without) < len(layers) else set()
+
+
+def _kind(name: str) -> str:
+    """The last word of a name: what the layer is, in whichever block. "h.0.q" -> "q"."""
+    return next((part for part in reversed(name.split(".")) if not part.isdigit()), "")
+
+
 @torch.no_grad()
 def zero_pruned(layers: dict[str, Any]) -> None:
-    """Set the c of every component outside its layer's mask to zero, in place."""
-    # One fused call for all layers: this runs after every step of the second half of training.
-    modules = layers.values()
-    torch._foreach_mul_([m.lora_c for m in modules], [m.component_mask for m in modules])
+    """Set the c of every component outside its layer's mask to zero, in place; NaN too."""
+    # All layers in four calls: this runs after every step of the second half of training.
+    cs = [m.lora_c for m in layers.values()]
+    masks = torch.stack([m.component_mask for m in layers.values()])
+    torch._foreach_copy_(cs, torch.where(masks, torch.stack(cs), 0.0).unbind())
 
 
 class RankAllocator:
@@ -185,6 +203,8 @@ class RankAllocator:
                 self.watch.follow(model)
         self.last_step = 0
         self.ema = torch.zeros(sum(self.sizes))
+        self.waiting = set(self.layers)  # for a first gradient
+        self.first_event = next(t for t in itertools.count(1) if schedule.prunes_at(t))
 
     @torch.no_grad()
     def scores(self) -> Tensor:
@@ -195,7 +215,10 @@ class RankAllocator:
         given = seen_by_the_step(self.layers, self.needs, self.watch)
         by_layer: dict[int, Tensor] = {}
         for members, (A, B, c) in stack_by_shape(list(self.layers.values())):
-            own = {name: torch.stack([each[i] for i in members]) for name, each in given.items()}
+            own = {
+                name: at_least_float32(torch.stack([each[i] for i in members]))
+                for name, each in given.items()
+            }
             by_layer.update(zip(members, self.score(A, B, c, **own), strict=True))  # a row a layer
         return torch.cat([by_layer[i] for i in range(len(by_layer))])
 
@@ -203,9 +226,11 @@ class RankAllocator:
     def step(self, global_step: int) -> None:
         """Lines 7-9 of Algorithm 1, after optimizer step number global_step.
 
-        Raises ValueError if steps are left out or repeated: the last event would be missed.
+        Raises ValueError if steps are left out or repeated, since the last event would be missed;
+        and naming the layers that no gradient reaches: they would take a share of the budget.
         """
         check_next_step(global_step, self.last_step)
+        self._check_reached(global_step)
         self.last_step = global_step
         if self.schedule.pruning_ended(global_step):
             if self.watch and self.watch.on:
@@ -218,6 +243,28 @@ class RankAllocator:
             keep = self.schedule.keep_count(global_step, scores.shape[-1])
             self._set_mask(select_components(scores, keep).flatten())
             zero_pruned(self.layers)
+
+    def _check_reached(self, step: int) -> None:
+        """Refuse layers that no gradient reaches, before any component is taken away.
+
+        At the first step, where that is so for all layers of one name. A layer may also be skipped
+        at random (layerdrop, experts): it has time until the first pruning event.
+        """
+        if step > self.first_event:
+            return
+        without = unreached(self.layers)
+        self.waiting &= without
+        reached = {_kind(name) for name in self.layers.keys() - without}
+        passed_by = [n for n in self.layers if n in self.waiting]
+        if step < self.first_event:
+            passed_by = [n for n in passed_by if step == 1 and _kind(n) not in reached]
+        if passed_by:
+            more = f" and {len(passed_by) - 3} more" if len(passed_by) > 3 else ""
+            raise ValueError(
+                f"no gradient reaches {', '.join(passed_by[:3])}{more}: the model does not call "
+                "such a layer (a fused kernel may read its weight), and its components would take "
+                "a share of the budget for nothing. Leave it out of target_modules"
+            )
 
     def _set_mask(self, mask: Tensor) -> None:
         for layer, part in zip(self.layers.values(), mask.split(self.sizes), strict=True):

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from drlora_ref.precision import at_least_float32
+
 
 def component_norms(lora_A: Tensor, lora_B: Tensor, lora_c: Tensor) -> Tensor:
     """Frobenius norm of each rank-1 component, the numerator of Eq. 7.
@@ -60,7 +62,8 @@ def importance_scores(lora_A: Tensor, lora_B: Tensor, lora_c: Tensor, eps: float
 
     Shapes: lora_A (..., r, d_in), lora_B (..., d_out, r), lora_c (..., r) -> (..., r)
 
-    Choice: ε = 1e-8 and no scaling, as in the authors' code (a constant factor would cancel).
+    Choice: ε = 1e-8 and no scaling, as in the authors' code (a constant factor would cancel). In
+    half precision, where ε would be 0, it computes in float32.
 
     Read with care: scores need not sum to 1 (for orthogonal components their *squares* do), and
     two components that cancel each other can both score above 1. A component that is alone in its
@@ -70,6 +73,7 @@ def importance_scores(lora_A: Tensor, lora_B: Tensor, lora_c: Tensor, eps: float
     >>> importance_scores(A, torch.eye(2), torch.ones(2))
     tensor([0.6000, 0.8000])
     """
+    lora_A, lora_B, lora_c = map(at_least_float32, (lora_A, lora_B, lora_c))
     norms = component_norms(lora_A, lora_B, lora_c)
     return norms / (update_norm(lora_A, lora_B, lora_c) + eps).unsqueeze(-1)
 
@@ -170,7 +174,8 @@ def ema_update(previous: Tensor, current: Tensor, beta: float = 0.9) -> Tensor:
 
     One mini-batch is a noisy witness; β = 0.9 remembers about 1 / (1-β) = 10 steps.
 
-    Shapes: any two that broadcast. Raises ValueError unless 0 ≤ beta < 1.
+    Shapes: any two that broadcast. Half precision becomes float32: in bfloat16 the average of ones
+    at β = 0.999 would stick at 0.5. Raises ValueError unless 0 ≤ beta < 1.
 
     Choice: no correction of the start (Adam has one). After t steps of a constant score s the
     average is (1 - βᵗ) s: the same factor for all components, so their order is right from step 1.
@@ -180,4 +185,4 @@ def ema_update(previous: Tensor, current: Tensor, beta: float = 0.9) -> Tensor:
     """
     if not 0 <= beta < 1:
         raise ValueError(f"beta = {beta}: must be at least 0 and less than 1")
-    return beta * previous + (1 - beta) * current
+    return beta * at_least_float32(previous) + (1 - beta) * at_least_float32(current)

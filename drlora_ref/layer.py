@@ -1,6 +1,7 @@
 """Eq. 5-6: a linear layer whose update is a sum of rank-1 components that can be switched off."""
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from drlora_ref.precision import StaysFloat32, at_least_float32
 
-class RankOneComponents(nn.Module):
+
+class RankOneComponents(StaysFloat32):
     """r rank-1 matrices that add up to the update of one weight (Eq. 6's sum).
 
         ΔW = scaling · Σᵢ cᵢ bᵢaᵢᵀ,   aᵢ = lora_A[i], bᵢ = lora_B[:, i], cᵢ = lora_c[i]
@@ -31,7 +34,9 @@ class RankOneComponents(nn.Module):
     ("revival"); `rank` and `delta_weight` go by the mask. The two views agree right after an
     event, and always once pruning has ended.
 
-    Raises ValueError for r < 1 or a dropout outside [0, 1).
+    The components stay float32 when the model around them is cast to half precision.
+
+    Raises ValueError for r < 1, lora_alpha ≤ 0 or a dropout outside [0, 1).
 
     >>> components = RankOneComponents(5, 3, r=2)
     >>> components(torch.ones(4, 5)).shape, components.rank
@@ -53,6 +58,8 @@ class RankOneComponents(nn.Module):
         super().__init__()
         if r < 1:
             raise ValueError(f"r = {r}: a layer needs at least one component")
+        if not 0 < lora_alpha < math.inf:
+            raise ValueError(f"lora_alpha = {lora_alpha}: must be above 0")
         if not 0 <= lora_dropout < 1:
             raise ValueError(f"lora_dropout = {lora_dropout}: must be at least 0 and less than 1")
         self.scaling = lora_alpha / r
@@ -77,6 +84,10 @@ class RankOneComponents(nn.Module):
         """How many components survive."""
         return int(self.component_mask.sum())
 
+    def update(self) -> Tensor:
+        """ΔW as the forward pass has it, materialised and with gradient: (d_out, d_in)."""
+        return (self.lora_B * (self.scaling * self.lora_c)) @ self.lora_A
+
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """ΔW of the surviving components, materialised: (d_out, d_in)."""
@@ -91,7 +102,13 @@ class DynamicLoRALinear(RankOneComponents):
     """A frozen linear layer plus r rank-1 components: W = W0 + ΔW (Eq. 6).
 
     Shapes: x (..., d_in) -> (..., d_out). The parameters, the mask and `delta_weight` are those of
-    RankOneComponents; W0 is in `base_layer`.
+    RankOneComponents; W0 is in `base_layer`. To model code that reads `weight`, `bias`,
+    `in_features` or `out_features` it is a linear layer.
+
+    Read with care: code that computes with `weight` instead of calling the layer passes the
+    components by. `weight` is W in evaluation, so that the answers are right (fused kernels, as in
+    nn.TransformerEncoder). In training it is W0: dropout and scores need the call, and a layer that
+    is never called gets no gradient, which RankAllocator refuses by name.
 
     Raises TypeError if base_layer is not an nn.Linear, ValueError as RankOneComponents.
 
@@ -110,6 +127,18 @@ class DynamicLoRALinear(RankOneComponents):
         like = like_base(base_layer.weight)
         super().__init__(d_in, d_out, r, lora_alpha, lora_dropout, **like)
         self.base_layer = base_layer.requires_grad_(False)
+        self.in_features, self.out_features = d_in, d_out
+
+    @property
+    def weight(self) -> Tensor:
+        """W0 in training, W = W0 + ΔW in evaluation: (d_out, d_in)."""
+        W0 = self.base_layer.weight
+        return W0 if self.training else W0 + self.update().to(W0.dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's."""
+        return self.base_layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
         result = self.base_layer(x)
@@ -137,17 +166,35 @@ def like_base(weight: Tensor) -> dict[str, Any]:
     }
 
 
+def bare(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of torch.compile, DDP and DataParallel."""
+    wrappers = nn.DataParallel, nn.parallel.DistributedDataParallel
+    inside = model._modules.get("module" if isinstance(model, wrappers) else "_orig_mod")
+    return model if inside is None else bare(inside)
+
+
+def plain_name(name: str) -> str:
+    """A module's name without what torch.compile puts into it.
+
+    >>> plain_name("encoder._orig_mod.layer.0"), plain_name("_orig_mod")
+    ('encoder.layer.0', '')
+    """
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
 def dynamic_layers(
     model: nn.Module | dict[str, RankOneComponents],
 ) -> dict[str, RankOneComponents]:
     """The adapted layers by name, in the order of `model.named_modules()`.
 
     That order defines a component's position, which breaks ties; it is the same in every process.
+    The names are those of the plain model, whether or not torch.compile or DDP has wrapped it.
     A dictionary of such layers is returned as it is: whoever needs a model's layers takes either.
     """
     if isinstance(model, dict):
         return model
-    return {n: m for n, m in model.named_modules() if isinstance(m, RankOneComponents)}
+    layers = bare(model).named_modules()
+    return {plain_name(n): m for n, m in layers if isinstance(m, RankOneComponents)}
 
 
 def stack_by_shape(layers: list[RankOneComponents]) -> list[tuple[list[int], tuple[Tensor, ...]]]:
@@ -166,7 +213,7 @@ def stack_by_shape(layers: list[RankOneComponents]) -> list[tuple[list[int], tup
         groups.setdefault((layer.lora_A.shape, layer.lora_B.shape), []).append(i)
 
     def stack(members: list[int], name: str) -> Tensor:
-        return torch.stack([getattr(layers[i], name) for i in members])
+        return at_least_float32(torch.stack([getattr(layers[i], name) for i in members]))
 
     names = ("lora_A", "lora_B", "lora_c")
     return [(members, tuple(stack(members, n) for n in names)) for members in groups.values()]

@@ -35,6 +35,20 @@ def dem_penalty(lora_A: Tensor, lora_B: Tensor) -> Tensor:
     return (lora_A.var(dim=-1) + lora_B.var(dim=-2)).mean(dim=-1)
 
 
+def check_dem(layers: dict[str, RankOneComponents]) -> None:
+    """Raise ValueError naming a layer whose aᵢ or bᵢ is a single number: it has no variance.
+
+    >>> check_dem({"query": RankOneComponents(4, 4, r=2)})
+    """
+    for name, layer in layers.items():
+        d_in, d_out = layer.lora_A.shape[-1], layer.lora_B.shape[-2]
+        if min(d_in, d_out) < 2:
+            raise ValueError(
+                f"{name} has {d_in} inputs and {d_out} outputs, and DEM (Eq. 10) is a variance "
+                "over either: adapt it without DEM (dem_weight 0), or leave it out of the targets"
+            )
+
+
 def l1_penalty(lora_A: Tensor, lora_B: Tensor) -> Tensor:
     """Mean size of an element of aᵢ plus that of bᵢ, over the components of one layer.
 
@@ -95,7 +109,7 @@ def penalty_loss(
 
     `model`, or its adapted layers by name; `penalty` a name in PENALTIES or a function like
     dem_penalty. Layers of one shape share one call. Raises ValueError if the model has no adapted
-    layer, or for an unknown name.
+    layer, for an unknown name, and under DEM naming a layer with a single input or output.
 
     Choice: pruned components count too (the authors' code as well): they train on and may return.
 
@@ -105,9 +119,12 @@ def penalty_loss(
     True
     """
     of_layer = penalty_function(penalty)
-    layers = list(dynamic_layers(model).values())
-    if not layers:
+    by_name = dynamic_layers(model)
+    if not by_name:
         raise ValueError("the model has no DynamicLoRALinear: call inject_adapters first")
+    if of_layer is dem_penalty:
+        check_dem(by_name)
+    layers = list(by_name.values())
     total: Tensor = sum(  # type: ignore[assignment]  # the int 0 only if there were no layer
         of_layer(A, B).sum() * A.shape[-2]  # the mean over a layer's r components, times r
         for _, (A, B, _) in stack_by_shape(layers)

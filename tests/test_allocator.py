@@ -16,8 +16,10 @@ from drlora_ref import (
     RankAllocator,
     dynamic_layers,
     importance_scores,
+    inject_adapters,
     select_components,
 )
+from drlora_ref.allocator import zero_pruned
 
 SCHEDULE = BudgetSchedule(init_r=3, target_r=2, total_steps=40, deltaT=5)  # events 6, 11, 16, 20
 
@@ -266,3 +268,79 @@ def test_a_state_from_before_uniform_had_a_name_is_that_of_one_budget():
     RankAllocator(model, SCHEDULE).load_state_dict(state)
     with pytest.raises(ValueError, match="another uniform: False, here True"):
         RankAllocator(model, SCHEDULE, uniform=True).load_state_dict(state)
+
+
+def test_zeros_are_written_over_nan_too():
+    model = layers_of_two_shapes()
+    for layer in dynamic_layers(model).values():
+        layer.lora_c.data.fill_(float("nan"))
+        layer.component_mask[1:] = False
+    zero_pruned(dynamic_layers(model))
+    for layer in dynamic_layers(model).values():
+        assert layer.lora_c[0].isnan() and not layer.lora_c[1:].any()
+
+
+@pytest.mark.parametrize("wrap", ["compiled", "in parallel", "a compiled part"])
+def test_a_state_goes_on_in_a_model_that_is_wrapped_otherwise(wrap):
+    model = layers_of_two_shapes()
+    saved = RankAllocator(model, SCHEDULE).state_dict()
+    if wrap == "a compiled part":
+        model[0] = torch.compile(model[0], backend="eager")
+    else:
+        wrapper = nn.DataParallel if wrap == "in parallel" else torch.compile
+        model = wrapper(model)
+    other = RankAllocator(model, SCHEDULE)
+    other.load_state_dict(saved)
+    assert list(other.rank_pattern()) == ["0", "1", "2", "3"]
+
+
+class Blocks(nn.Module):
+    """Three blocks of two layers; some are passed by, or skipped in a step."""
+
+    def __init__(self):
+        super().__init__()
+        block = lambda: nn.ModuleDict({n: nn.Linear(6, 6) for n in ("query", "value")})  # noqa: E731
+        self.h = nn.ModuleList([block() for _ in range(3)])
+
+    def forward(self, x, skipped=(), passed_by=()):
+        for i, block in enumerate(self.h):
+            if i not in skipped:
+                for name, layer in block.items():
+                    past = f"{i}.{name}" in passed_by or name in passed_by
+                    x = nn.functional.linear(x, layer.weight, layer.bias) if past else layer(x)
+        return x
+
+
+def steps_of(skipped=lambda step: (), passed_by=(), steps=40, score="frobenius_share"):
+    model = inject_adapters(Blocks(), ["query", "value"], r=3)
+    allocator = RankAllocator(model, SCHEDULE, score=score)
+    for step in range(1, steps + 1):
+        model(torch.randn(5, 6), skipped(step), passed_by).sum().backward()
+        allocator.step(step)
+        model.zero_grad()
+    return allocator
+
+
+@pytest.mark.parametrize("score", ["frobenius_share", "frobenius_norm", "random"])
+def test_layers_that_no_gradient_reaches_are_refused_at_the_first_step(score):
+    message = r"no gradient reaches h\.0\.value, h\.1\.value, h\.2\.value: the model does not call"
+    with pytest.raises(ValueError, match=message):
+        steps_of(passed_by=("value",), steps=1, score=score)
+
+
+def test_one_of_many_is_refused_before_anything_is_pruned():
+    """It might have been skipped by chance until then."""
+    steps_of(passed_by=("1.value",), steps=5)
+    with pytest.raises(ValueError, match=r"no gradient reaches h\.1\.value: .*Leave it out"):
+        steps_of(passed_by=("1.value",), steps=6)  # the first event
+
+
+def test_blocks_that_are_skipped_at_random_are_not_refused():
+    assert sum(steps_of(skipped=lambda step: (step % 3, 2)[: step % 2 + 1]).rank_pattern().values())
+
+
+def test_a_loop_without_gradients_is_not_asked_for_them():
+    allocator = RankAllocator(inject_adapters(Blocks(), ["query"], r=3), SCHEDULE)
+    for step in range(1, 41):
+        allocator.step(step)
+    assert sum(allocator.rank_pattern().values()) == 6

@@ -1,13 +1,20 @@
 """A stock LoRA adapter out of a trained model: the same logits, and nobody need import us."""
 
+import ast
 import copy
+import functools
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -27,7 +34,7 @@ from drlora_ref import (
 )
 from drlora_ref.experiments.sources.models import resolve_model
 from drlora_ref.plotting import plot_rank_heatmap
-from drlora_ref.tuner import DynamicRankConfig
+from drlora_ref.tuner import DynamicRankConfig, export
 from drlora_ref.tuner.export import export_lora, fold
 from drlora_ref.tuner.trainer import DynamicRankTrainer
 
@@ -367,18 +374,315 @@ def test_a_readme_of_somebody_else_is_not_overwritten_unasked(trained, tmp_path)
         export_lora(trained, tmp_path / "README.md")
 
 
-@pytest.mark.parametrize("metric", [{"accuracy": "0.93"}, 0.93, "0.93"])
+@pytest.mark.parametrize("metric", [
+    {"accuracy": "0.93"}, 0.93, "0.93", {"accuracy": None}, {"a": np.array([1.0, 2.0])},
+    {"a": torch.ones(2)}, {"a": np.array("x")}, ["accuracy"],
+])  # fmt: skip
 def test_a_metric_that_is_no_number_with_a_name_is_refused(metric, trained, tmp_path):
     with pytest.raises(TypeError, match=r"as \{'accuracy': 0.93\}"):
         export_lora(trained, tmp_path / "out", metric=metric)
     assert not (tmp_path / "out").exists()
 
 
-def test_what_else_was_trained_is_not_dropped_in_silence(tmp_path):
-    model = ours()
-    model.roberta.embeddings.LayerNorm.weight.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"LayerNorm\.weight was trained too, and a LoRA adapter"):
+EXTRAS = {
+    "a bias": "roberta.encoder.layer.0.attention.self.query.bias",
+    "a frozen weight": "roberta.encoder.layer.1.output.dense.weight",
+    "a norm": "roberta.embeddings.LayerNorm.weight",
+    "embeddings": "roberta.embeddings.word_embeddings.weight",
+    "added tokens": "roberta.embeddings.token_type_embeddings.weight",
+    "positions": "roberta.embeddings.position_embeddings.weight",
+}
+
+
+@pytest.mark.parametrize("door", ["core", "peft"])
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_what_else_was_trained_is_not_dropped_in_silence(extra, door, tmp_path):
+    """PEFT's door says how it can be kept."""
+    model = ours() if door == "core" else adapted(init_r=2, target_r=2, dem_weight=0.0)
+    word = EXTRAS[extra].removeprefix("roberta.")
+    before, _, last = word.rpartition(".")
+    found = [
+        p
+        for n, p in model.named_parameters()
+        if before in n and n.endswith(last) and "lora" not in n
+    ]
+    assert len(found) == 1
+    found[0].requires_grad_(True)
+    way = "freeze it" if door == "core" else "name its module in modules_to_save"
+    message = (
+        rf"{re.escape(before)}.*{last} was trained too, and a LoRA adapter cannot hold it: {way}"
+    )
+    with pytest.raises(ValueError, match=message):
         export_lora(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    found[0].requires_grad_(False)
+    export_lora(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("whole", [
+    ["LayerNorm"], ["word_embeddings"], ["intermediate"], ["classifier.dense"],
+    ["roberta.embeddings"],
+])  # fmt: skip
+def test_what_is_trained_whole_is_exported(whole, tmp_path):
+    model = adapted(init_r=2, target_r=2, dem_weight=0.0, modules_to_save=whole)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    export_lora(model, tmp_path / "out")
+    assert_same_logits(loaded(tmp_path / "out"), model)
+    assert not torch.allclose(logits(base_model()), logits(model), atol=1e-2)
+
+
+class Normed(nn.Module):
+    """A batch norm keeps statistics, which a forward pass in training moves, frozen or not."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.query, self.norm = nn.Linear(6, 6), nn.BatchNorm1d(6)
+        self.classifier = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
+
+    def forward(self, x):
+        return self.classifier(self.norm(self.query(x)))
+
+
+@pytest.mark.parametrize("door", ["core", "peft"])
+def test_statistics_that_training_moved_are_exported(door, tmp_path):
+    if door == "core":
+        model = mark_only_adapters_trainable(inject_adapters(Normed(), ["query"], r=2))
+    else:
+        given = dict(target_modules=["query"], modules_to_save=["classifier"])
+        model = get_peft_model(Normed(), DynamicRankConfig(init_r=2, target_r=2, **given))
+    for layer in dynamic_layers(model).values():
+        nn.init.normal_(layer.lora_c)
+    for _ in range(5):
+        model.train()(torch.randn(32, 6) * 3 + 1)
+    export_lora(model.eval(), tmp_path / "out")
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(
+        loaded(tmp_path / "out", Normed()).eval()(x), model(x), atol=1e-5, rtol=0
+    )
+    assert not torch.allclose(Normed().eval()(x), model(x), atol=1e-2)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["lora_A", "lora_B", "lora_c", "dense.weight"])
+@pytest.mark.parametrize("door", ["core", "peft"])
+def test_numbers_that_are_not_finite_never_pass(door, where, bad, tmp_path):
+    model = ours() if door == "core" else adapted(init_r=2, target_r=2, dem_weight=0.0)
+    for name, parameter in model.named_parameters():
+        if name.endswith(where) and parameter.requires_grad:
+            parameter.data.view(-1)[-1] = bad
+    with pytest.raises(ValueError, match=r"has NaN or infinite numbers: training diverged"):
+        export_lora(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nan_in_a_component_that_was_pruned_is_refused_too(tmp_path):
+    model = ours()
+    layer = next(layer for layer in dynamic_layers(model).values() if layer.rank < 3)
+    layer.lora_c.data[~layer.component_mask] = float("nan")
+    with pytest.raises(ValueError, match="a component that was pruned is not zero"):
+        export_lora(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("wrap", ["compiled", "in parallel", "a compiled part", "a compiled head"])
+@pytest.mark.parametrize("door", ["core", "peft"])
+def test_a_wrapped_model_is_exported_under_its_own_names(door, wrap, tmp_path):
+    model = ours() if door == "core" else adapted(init_r=2, target_r=2, dem_weight=0.0)
+    for layer in dynamic_layers(model).values():
+        nn.init.normal_(layer.lora_c)
+        layer.lora_c.data *= layer.component_mask
+    expected = copy.deepcopy(model)
+    inside = model if door == "core" else model.get_base_model()
+    compiled = functools.partial(torch.compile, backend="eager")
+    if wrap == "a compiled part":
+        inside.roberta.encoder.layer[1] = compiled(inside.roberta.encoder.layer[1])
+    elif wrap == "a compiled head":
+        inside.classifier = compiled(inside.classifier)
+    else:
+        model = compiled(model) if wrap == "compiled" else nn.DataParallel(model)
+    ranks = export_lora(model, tmp_path / "out")
+    assert next(iter(ranks)) == "roberta.encoder.layer.0.attention.self.query"
+    assert_same_logits(loaded(tmp_path / "out"), expected)
+
+
+# --- the set of files ----------------------------------------------------------------------------
+
+
+def other(model):
+    """The same model, trained on: other components, ranks and head."""
+    model = copy.deepcopy(model)
+    for layer in dynamic_layers(model).values():
+        layer.component_mask.fill_(True)
+        nn.init.normal_(layer.lora_c)
+    nn.init.normal_(model.classifier.out_proj.weight)
+    return model
+
+
+class Killed(BaseException):
+    """As SIGKILL: no handler of a mere Exception sees it."""
+
+
+@pytest.fixture
+def no_picture(monkeypatch):
+    """An export without its rank map takes a third of the time."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path: path.touch())
+
+
+def files_of(folder) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name in FILES}
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "with a file of the user's"])
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_kill_at_any_point_leaves_the_old_set_or_the_new_one_and_never_some_of_each(
+    exchange, beside, tmp_path, monkeypatch, no_picture
+):
+    """Where folders cannot change places it may leave none at all, and PEFT says so."""
+    model = other(ours())
+    export_lora(ours(), tmp_path / "old")
+    export_lora(model, tmp_path / "new")
+    old, new = files_of(tmp_path / "old"), files_of(tmp_path / "new")
+    assert old["adapter_config.json"] != new["adapter_config.json"]
+    seen, calls = [], []
+
+    def until(last, function):
+        def call(*args, **kwargs):
+            calls.append(function)
+            if len(calls) == last:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return call
+
+    swap = export._exchange if exchange else lambda one, other: False
+    for last in range(1, 30):
+        folder = shutil.copytree(tmp_path / "old", tmp_path / str(last))
+        if beside:
+            (folder / "notes.txt").write_text("mine")
+        calls.clear()
+        with monkeypatch.context() as patch:
+            for place, name in ((os, "replace"), (os, "rename"), (Path, "unlink")):
+                patch.setattr(place, name, until(last, getattr(place, name)))
+            patch.setattr(export, "save_file", until(last, export.save_file))
+            patch.setattr(export, "_exchange", until(last, swap))
+            patch.setattr(tempfile.TemporaryDirectory, "cleanup", lambda self: None)
+            try:
+                export_lora(model, folder, overwrite=True)
+            except Killed:
+                pass
+        there = files_of(folder)
+        whole = {"old": there == old, "new": there == new}
+        seen.append(next((name for name, found in whole.items() if found), "none"))
+        assert seen[-1] != "none" or "adapter_config.json" not in there
+        assert not beside or (folder / "notes.txt").read_text() == "mine"
+        if seen[-1] == "new":
+            break
+        export_lora(model, folder, overwrite=True)  # nothing stops the next one
+        assert files_of(folder) == new
+    assert seen[-1] == "new" and seen[0] == "old"
+    assert "none" not in seen or beside or not exchange
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_an_interrupted_first_export_leaves_nothing_that_stops_the_next(
+    exchange, tmp_path, monkeypatch, no_picture
+):
+    model, steps = ours(), []
+
+    def at_the(number, function):
+        def call(*args, **kwargs):
+            steps.append(1)
+            if len(steps) == number:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return call
+
+    for number in range(1, 6):
+        folder = tmp_path / str(number)
+        with monkeypatch.context() as patch:
+            patch.setattr(export, "save_file", at_the(number, export.save_file))
+            patch.setattr(os, "replace", at_the(number, os.replace))
+            if not exchange:
+                patch.setattr(export, "_exchange", lambda one, other: False)
+            steps.clear()
+            try:
+                export_lora(model, folder)
+                continue  # it was through before
+            except Killed:
+                assert not (folder / "adapter_config.json").exists()
+        export_lora(model, folder)  # without overwrite
+        assert {path.name for path in folder.iterdir()} == FILES
+
+
+def test_an_export_keeps_the_folders_mode_and_the_links_to_it(tmp_path):
+    folder, link = tmp_path / "out", tmp_path / "link"
+    folder.mkdir(mode=0o750)
+    link.symlink_to(folder)
+    export_lora(ours(), link)
+    assert link.is_symlink() and folder.stat().st_mode & 0o777 == 0o750
+    assert_same_logits(loaded(link), ours())
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "link"}
+
+
+def test_an_export_into_the_working_directory_leaves_it_in_place(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    export_lora(ours(), ".")
+    export_lora(other(ours()), ".", overwrite=True)
+    assert {path.name for path in Path.cwd().iterdir()} == FILES
+    assert_same_logits(loaded("."), other(ours()))
+
+
+def test_where_nothing_can_be_written_beside_the_folder_it_is_written_within(tmp_path, monkeypatch):
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and access(path, mode))
+    export_lora(ours(), tmp_path / "out")
+    export_lora(other(ours()), tmp_path / "out", overwrite=True)
+    assert_same_logits(loaded(tmp_path / "out"), other(ours()))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+
+
+# --- the card is data ----------------------------------------------------------------------------
+
+NAMES = [
+    'a"); import os; os.system("true")  #', "'); x = ('", "a\nb", "a\r\n---\n# page\n---\n",
+    "a\u2028b\x85c", "<script>alert(1)</script>", "<!-- a -->", "[a](javascript:b)", "![a](b)",
+    "a`b```c", "```\nb\n```", "x | y", "*b* _c_ ~~d~~", "{front} {0} %s", "&lt;b&gt; $x$",
+    "a\x1b[31m\x00\u202e", "\\", "\\\"", "@all", "https://a.b", "- a", "# a", "=" * 9,
+    " ",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_in_the_card_are_data_and_neither_code_nor_page(name, tmp_path, no_picture):
+    export_lora(ours(), tmp_path / "out", base_model=name, task=name, metric={name: 1.0})
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) == 30  # no name makes a line
+    code = re.search(r"^```python\n(.*?)^```$", text, re.S | re.M)[1]
+    strings = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert name in strings and len(strings) == 3  # num_labels and the folder are the others
+    assert len(re.findall(r"^```", text, re.M)) == 2
+    page = text.replace(code, "").split("---", 2)[2]
+    assert not re.search(r"(?<!\\)<", page)
+    assert len(re.findall(r"(?<!\\)\]\(", page)) == 2  # the paper, and the picture
+    card = huggingface_hub.ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.base_model is None and card.data.library_name == "peft"
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == name
+
+
+NUMBERS = [np.float32(0.5), np.float64(0.5), np.float16(0.5), np.array(0.5), np.array([0.5]),
+           torch.tensor(0.5), torch.tensor([0.5], dtype=torch.bfloat16), 0.5]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", NUMBERS, ids=repr)
+def test_a_metric_may_be_a_number_of_numpys_or_torchs(value, tmp_path):
+    export_lora(ours(), tmp_path / "out", metric={"accuracy": value, "n": np.int64(3)})
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "| accuracy | 0.5 |" in text and "| n | 3 |" in text
 
 
 def test_a_merged_model_has_nothing_to_export(trained, tmp_path):

@@ -11,6 +11,8 @@ from transformers import (
     BertConfig,
     MPNetConfig,
     RobertaConfig,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from drlora_ref import (
@@ -173,3 +175,73 @@ def test_quantised_weights_are_refused_before_anything_is_changed():
     with pytest.raises(TypeError, match=r"key is Linear with a weight of torch\.int8; quantised"):
         inject_adapters(model, ["query", "key"], r=2)
     assert type(model["query"]) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    "given, matched",
+    [
+        ("query", 2),
+        (("query", "key"), 4),
+        ({"query"}, 2),
+        ((name for name in ["query", "key"]), 4),
+        (dict.fromkeys(["query"]), 2),
+        (None, 12),
+    ],
+)
+def test_targets_may_come_in_any_form(given, matched, tiny_roberta):
+    assert len(dynamic_layers(inject_adapters(tiny_roberta, given, r=2))) == matched
+
+
+@pytest.mark.parametrize("given", [[], (), set(), iter([]), (name for name in [])])
+def test_no_targets_at_all_are_refused(given, tiny_roberta):
+    """They do not mean the default ones."""
+    with pytest.raises(ValueError, match="target_modules is empty: name linear layers, or leave"):
+        inject_adapters(tiny_roberta, given, r=2)
+    assert not dynamic_layers(tiny_roberta)
+
+
+@pytest.mark.parametrize("lora_alpha", [0, 0.0, -1, float("nan"), float("inf")])
+def test_an_impossible_alpha_changes_nothing(lora_alpha, tiny_roberta):
+    with pytest.raises(ValueError, match=r"lora_alpha = .*: must be above 0"):
+        inject_adapters(tiny_roberta, r=2, lora_alpha=lora_alpha)
+    assert not dynamic_layers(tiny_roberta)
+    assert all(p.requires_grad for p in tiny_roberta.parameters())
+
+
+class Shared(nn.Module):
+    """Two modules with one weight: an output layer tied to the embedding, or a layer used twice."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.embed, self.query, self.head = nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5)
+        if kind == "tied":
+            self.head.weight = self.embed.weight
+        if kind == "twice":
+            self.query = self.head
+
+
+@pytest.mark.parametrize("kind, other", [("tied", "embed.weight"), ("twice", "head.weight")])
+def test_a_weight_that_is_another_modules_too_is_refused(kind, other):
+    target = "head" if kind == "tied" else "query"
+    with pytest.raises(ValueError, match=f"{target} has its weight in common with {other}: merged"):
+        inject_adapters(Shared(kind), [target], r=2)
+    assert list(dynamic_layers(inject_adapters(Shared("none"), [target], r=2))) == [target]
+
+
+def test_a_compiled_model_is_adapted_trained_and_merged_under_its_own_names(tiny_roberta):
+    model = torch.compile(tiny_roberta, backend="eager")
+    mark_only_adapters_trainable(inject_adapters(model, ["query"], r=2))
+    assert next(iter(dynamic_layers(model))) == "roberta.encoder.layer.0.attention.self.query"
+    assert count_parameters(model) == count_parameters(tiny_roberta)
+    assert count_parameters(model)["head"] == (16 * 16 + 16) + (16 * 2 + 2)
+    assert not dynamic_layers(merge_adapters(model))
+
+
+def test_model_code_that_reads_weights_runs():
+    """T5 asks for the type of one before it calls it."""
+    ids = torch.randint(3, 50, (2, 6))
+    config = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+                      decoder_start_token_id=0)  # fmt: skip
+    model = inject_adapters(T5ForConditionalGeneration(config), ["q", "wi", "wo"], r=2)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(layer.lora_c.grad.any() for layer in dynamic_layers(model).values())

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import randomised
 from torch import nn
 
-from drlora_ref import DynamicLoRALinear
+from drlora_ref import DynamicLoRALinear, dynamic_layers, inject_adapters
 
 
 def layer(**given) -> DynamicLoRALinear:
@@ -104,8 +104,72 @@ def test_half_precision_base_keeps_float32_adapters():
         (nn.Embedding(3, 4), dict(r=2), TypeError, "only nn.Linear can be adapted, not Embedding"),
         (nn.Linear(3, 4), dict(r=0), ValueError, "r = 0: a layer needs at least one component"),
         (nn.Linear(3, 4), dict(r=2, lora_dropout=1.0), ValueError, "lora_dropout = 1.0"),
+        (nn.Linear(3, 4), dict(r=2, lora_alpha=0), ValueError, "lora_alpha = 0: must be above 0"),
+        (nn.Linear(3, 4), dict(r=2, lora_alpha=-8), ValueError, "lora_alpha = -8"),
+        (nn.Linear(3, 4), dict(r=2, lora_alpha=float("nan")), ValueError, "lora_alpha = nan"),
+        (nn.Linear(3, 4), dict(r=2, lora_alpha=float("inf")), ValueError, "lora_alpha = inf"),
     ],
 )
 def test_impossible_layers_are_refused(base, given, error, message):
     with pytest.raises(error, match=message):
         DynamicLoRALinear(base, **given)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_to_who_reads_it_a_wrapped_layer_is_a_linear_layer(bias):
+    base = nn.Linear(7, 9, bias=bias, dtype=torch.float64)
+    adapted, x = randomised(DynamicLoRALinear(base, r=4)), torch.randn(5, 7, dtype=torch.float64)
+    assert (adapted.in_features, adapted.out_features) == (7, 9)
+    assert adapted.bias is base.bias and adapted.weight is base.weight  # dropout needs the call
+    adapted.component_mask[0] = False  # the forward pass goes by c all the same
+    by_hand = F.linear(x, adapted.eval().weight, adapted.bias)
+    torch.testing.assert_close(by_hand, adapted(x))
+    by_hand.sum().backward()
+    assert adapted.lora_c.grad.all()
+
+
+class Fused(nn.Module):
+    """A transformer encoder of torch, which in evaluation may read weights past its layers."""
+
+    def __init__(self, padded: bool):
+        super().__init__()
+        block = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(block, 2)
+        self.padding = torch.arange(5).expand(3, 5) > torch.tensor([[4], [3], [2]])
+        self.padding = self.padding if padded else None
+
+    def forward(self, x):
+        out = self.encoder(x, src_key_padding_mask=self.padding)
+        return (
+            out[self.padding.logical_not()[:, : out.shape[1]]] if self.padding is not None else out
+        )
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("targets", [["linear1"], ["linear1", "linear2"]])
+def test_evaluation_in_a_fused_kernel_is_that_of_the_layers_one_by_one(targets, padded):
+    model = inject_adapters(Fused(padded), targets, r=3, lora_dropout=0.0)
+    for layer in dynamic_layers(model).values():
+        randomised(layer)
+    x = torch.randn(3, 5, 16)
+    one_by_one = model.train()(x)
+    with torch.no_grad():
+        fused = model.eval()(x)
+    torch.testing.assert_close(fused, one_by_one, atol=1e-5, rtol=1e-5)
+    for layer in dynamic_layers(model).values():
+        layer.lora_c.data.zero_()
+    with torch.no_grad():
+        assert not torch.allclose(model(x), fused, atol=1e-2)
+
+
+def test_names_are_those_of_the_plain_model_whatever_wraps_it():
+    model = inject_adapters(
+        nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4))), "0", r=2
+    )
+    plain = list(dynamic_layers(model))
+    assert plain == ["0", "1.0"]
+    assert list(dynamic_layers(torch.compile(model, backend="eager"))) == plain
+    assert list(dynamic_layers(nn.DataParallel(model))) == plain
+    model[1] = torch.compile(model[1], backend="eager")  # a part of it
+    assert list(dynamic_layers(model)) == plain
+    assert list(dynamic_layers(torch.compile(nn.DataParallel(model), backend="eager"))) == plain

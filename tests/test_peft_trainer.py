@@ -3,6 +3,7 @@
 import functools
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,7 @@ from transformers import (
 
 from drlora_ref import BudgetSchedule
 from drlora_ref.tuner import DynamicRankConfig
+from drlora_ref.tuner.checkpoints import last_whole
 from drlora_ref.tuner.trainer import (
     DynamicRankCallback,
     DynamicRankMixin,
@@ -521,3 +523,256 @@ def test_a_step_belongs_to_the_trainer_as_to_the_schedule(tmp_path):
         "Trainer calls on_optimizer_step at other moments than after each optimizer step: the "
         "allocator would score and prune at the wrong steps"
     )
+
+
+# --- DEM is in the loss, or it is an error ------------------------------------------------------
+
+
+def own_loss(model, inputs, return_outputs=False, **kwargs):
+    outputs = model(**inputs)
+    return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+class OwnLoss(DynamicRankTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        return own_loss(model, inputs, return_outputs)
+
+
+class OwnStep(DynamicRankTrainer):
+    def training_step(self, model, inputs, *args, **kwargs):
+        loss = own_loss(model.train(), self._prepare_inputs(inputs))
+        loss.backward()
+        return loss.detach()
+
+
+class LossOfTheOutputs(DynamicRankTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        _, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+class Detached(DynamicRankTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        ours, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        return outputs.loss + (ours - outputs.loss).detach()
+
+
+class TrainsInEvaluationMode(DynamicRankTrainer):
+    def compute_loss(self, model, *args, **kwargs):
+        return super().compute_loss(model.eval(), *args, **kwargs)
+
+
+class MixedIn(DynamicRankMixin, Trainer):
+    pass
+
+
+class OwnLossMixedIn(MixedIn):
+    compute_loss = OwnLoss.compute_loss
+
+
+def on_the_instance(*given, **named):
+    run = DynamicRankTrainer(*given, **named)
+    run.compute_loss = own_loss
+    return run
+
+
+def by_the_callback_alone(*given, **named):
+    return Trainer(*given, callbacks=[DynamicRankCallback(adds_dem=True)], **named)
+
+
+WITHOUT_DEM = [OwnLoss, OwnStep, LossOfTheOutputs, Detached, TrainsInEvaluationMode, OwnLossMixedIn,
+               on_the_instance, by_the_callback_alone]  # fmt: skip
+
+
+@pytest.mark.parametrize("trainer_class", WITHOUT_DEM)
+def test_a_loss_of_ones_own_in_the_place_of_ours_is_an_error_at_the_first_step(
+    trainer_class, tmp_path
+):
+    run = trainer_class(adapted(), arguments(tmp_path), train_dataset=rows())
+    with pytest.raises(ValueError, match="dem_weight is set, but step 1 was taken without DEM"):
+        run.train()
+
+
+def test_who_wants_no_dem_is_free_to_take_any_loss(tmp_path):
+    run = OwnLoss(adapted(dem_weight=0.0), arguments(tmp_path), train_dataset=rows())
+    run.train()
+    assert sum(run.model.rank_pattern().values()) == 24
+
+
+def test_dem_that_is_lost_later_is_an_error_then(tmp_path):
+    class Later(DynamicRankTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            late = self.state.global_step == 3
+            return (
+                own_loss(model, inputs) if late else super().compute_loss(model, inputs, **kwargs)
+            )
+
+    with pytest.raises(ValueError, match="step 4 was taken without DEM"):
+        Later(adapted(), arguments(tmp_path), train_dataset=rows()).train()
+
+
+class AddsDemItself(DynamicRankTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        loss = own_loss(model, inputs)
+        over = self.model.schedule().pruning_ended(self.state.global_step + 1)
+        return loss if over else loss + 0.3 * self.model.dem_loss()
+
+
+class TheirLoss(Trainer):
+    def compute_loss(self, model, inputs, **kwargs):
+        assert not kwargs.get("return_outputs")  # it has none to give
+        return own_loss(model, inputs)
+
+
+class WithoutOutputs(DynamicRankMixin, TheirLoss):
+    pass
+
+
+class Weighted(DynamicRankTrainer):
+    def compute_loss(self, *args, **kwargs):
+        return 0.5 * super().compute_loss(*args, **kwargs)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("trainer_class", [AddsDemItself, WithoutOutputs, Weighted])
+def test_a_loss_of_ones_own_that_has_dem_in_it_trains(trainer_class, accumulation, tmp_path):
+    given = arguments(tmp_path, gradient_accumulation_steps=accumulation)
+    run = trainer_class(adapted(), given, train_dataset=rows())
+    if trainer_class is Weighted:
+        run.compute_loss_func = summed_loss
+    run.train()
+    assert sum(run.model.rank_pattern().values()) == 24
+
+
+def test_a_loop_of_ones_own_that_forgets_dem_is_stopped():
+    model = adapted(total_step=12)
+    ids = trainer_script.token_ids(8)
+    loss = model(input_ids=ids, labels=(ids[:, 0] > 25).long()).loss
+    loss.backward()
+    with pytest.raises(ValueError, match=r"or add dem_weight \* model\.dem_loss\(\)"):
+        model.update_and_allocate(1)
+    (0.3 * model.dem_loss()).backward()
+    model.update_and_allocate(1)
+
+
+def test_a_mix_in_behind_the_trainer_is_refused_where_the_class_is_made():
+    with pytest.raises(
+        TypeError, match="class Behind: DynamicRankMixin must stand before the Trai"
+    ):
+
+        class Behind(Trainer, DynamicRankMixin):
+            pass
+
+
+def test_components_that_nothing_trains_are_an_error(tmp_path):
+    run = trainer(tmp_path, adapted(dem_weight=0.0))
+    run.model.base_model.disable_adapter_layers()
+    run.model.get_base_model().classifier.requires_grad_(True)  # so that something trains
+    with pytest.raises(ValueError, match="no gradient reaches any component in step 1"):
+        run.train()
+
+
+# --- checkpoints that were not finished ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """A folder with checkpoints after steps 4, 8 and 12, and the state at the end."""
+    folder = tmp_path_factory.mktemp("whole")
+    run = trainer(folder, adapted(total_step=T), save_strategy="steps", save_steps=4)
+    run.train()
+    return folder, state_of(run.model)
+
+
+@pytest.fixture
+def checkpoints(whole_run, tmp_path):
+    shutil.copytree(whole_run[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+FILES = ["adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt",
+         "rng_state.pth", "training_args.bin", "trainer_state.json"]  # fmt: skip
+
+
+def cut(path: Path, share: float) -> None:
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize("name", FILES)
+def test_the_last_whole_checkpoint_is_taken_and_it_says_so(name, share, checkpoints):
+    """A kill leaves a file cut off, and none of those that come after it."""
+    assert last_whole(str(checkpoints), True) is True
+    cut(checkpoints / "checkpoint-12" / name, share)
+    with pytest.warns(UserWarning, match=rf"checkpoint-12 is .*{name} is cut off\): resuming"):
+        assert last_whole(str(checkpoints), True) == str(checkpoints / "checkpoint-8")
+    for later in FILES[FILES.index(name) + 1 :]:
+        (checkpoints / "checkpoint-12" / later).unlink()
+    cut(checkpoints / "checkpoint-8" / "trainer_state.json", share)
+    named = str(checkpoints / "checkpoint-12")  # as get_last_checkpoint finds it
+    with pytest.warns(UserWarning, match="resuming from checkpoint-4"):
+        assert last_whole(str(checkpoints), named) == str(checkpoints / "checkpoint-4")
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name[-4:] not in (".bin", "json")])
+def test_a_checkpoint_that_lacks_a_file_is_not_whole(name, checkpoints):
+    (checkpoints / "checkpoint-12" / name).unlink()
+    with pytest.warns(UserWarning, match=r"is missing\): resuming from checkpoint-8"):
+        assert last_whole(str(checkpoints), True) == str(checkpoints / "checkpoint-8")
+
+
+def test_where_no_checkpoint_is_whole_training_starts_anew_and_it_says_so(checkpoints):
+    for number in (4, 8, 12):
+        (checkpoints / f"checkpoint-{number}" / "trainer_state.json").unlink()
+    with pytest.warns(UserWarning, match="training starts from the beginning"):
+        assert last_whole(str(checkpoints), True) is False
+    with pytest.raises(
+        ValueError, match=r"checkpoint-4 is not a whole checkpoint, and none before"
+    ):
+        last_whole(str(checkpoints), str(checkpoints / "checkpoint-4"))
+
+
+def test_what_is_no_checkpoint_is_left_to_trainer(checkpoints, tmp_path):
+    assert last_whole(str(checkpoints), str(checkpoints / "nowhere")) == str(
+        checkpoints / "nowhere"
+    )
+    (tmp_path / "empty").mkdir()
+    assert last_whole(str(tmp_path / "empty"), True) is True
+    for path in (checkpoints / "checkpoint-12").iterdir():
+        if path.suffix in (".pt", ".pth"):  # as save_only_model leaves it
+            path.unlink()
+    assert last_whole(str(checkpoints), True) is True
+
+
+class Killed(BaseException):
+    """As SIGKILL: no handler of a mere Exception sees it."""
+
+
+@pytest.mark.parametrize("at", ["_save", "_save_optimizer_and_scheduler", "_save_rng_state"])
+def test_a_run_killed_in_the_midst_of_a_checkpoint_ends_as_one_that_was_not(
+    at, whole_run, tmp_path, monkeypatch
+):
+    def run():
+        return trainer(tmp_path, adapted(total_step=T), save_strategy="steps", save_steps=4)
+
+    saved = []
+
+    def die_at_the_second(self, folder, *args, **kwargs):
+        saved.append(folder)
+        if len(saved) == 2:
+            if at == "_save":
+                Path(folder).mkdir()
+                (Path(folder) / "adapter_model.safetensors").write_bytes(b"half of it")
+            raise Killed
+        return really(self, folder, *args, **kwargs)
+
+    really = getattr(Trainer, at)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Trainer, at, die_at_the_second)
+        run().train()
+    assert (tmp_path / "checkpoint-8").exists()
+    resumed = run()
+    with pytest.warns(UserWarning, match="resuming from checkpoint-4"):
+        resumed.train(resume_from_checkpoint=True)
+    assert_same_bits(state_of(resumed.model), whole_run[1])

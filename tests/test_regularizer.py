@@ -130,3 +130,12 @@ def test_the_penalty_of_a_model_weighs_layers_by_their_components(name):
 def test_an_unknown_penalty_is_named():
     with pytest.raises(ValueError, match="penalty = 'l3': must be one of dem, l1, l2, spectral"):
         penalty_loss(layers_of_two_shapes(), "l3")
+
+
+@pytest.mark.parametrize("d_in, d_out", [(1, 4), (4, 1), (1, 1)])
+def test_a_layer_whose_vectors_are_single_numbers_is_named(d_in, d_out):
+    model = nn.ModuleDict({"query": nn.Linear(4, 4), "gate": nn.Linear(d_in, d_out)})
+    for name, linear in model.items():
+        model[name] = DynamicLoRALinear(linear, r=2)
+    with pytest.raises(ValueError, match=f"gate has {d_in} inputs and {d_out} outputs, and DEM"):
+        dem_loss(model)

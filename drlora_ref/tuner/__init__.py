@@ -1,7 +1,8 @@
 """Dynamic-rank DoRA for PEFT and Trainer: importing this package teaches PEFT the method.
 
-Laid out as PEFT lays out a method: config, layer, model; then trainer (Trainer and its callback),
-export (stock LoRA) and card (the model card of an export).
+Laid out as PEFT lays out a method: config, layer, model, with fitting (what is asked of a model
+before an adapter goes in); then trainer (Trainer and its callback) with checkpoints, export (stock
+LoRA) and card (the model card of an export).
 """
 
 from drlora_ref.tuner.config import DynamicRankConfig

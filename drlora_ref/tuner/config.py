@@ -32,8 +32,11 @@ class DynamicRankConfig(PeftConfig):
     it in, a loop of your own must. tinit and tfinal are steps too; by default 15 % and 50 % of T,
     as in the paper. target_modules: names or ends of names, a regular expression, or "all-linear";
     by default the six matrices of every layer for RoBERTa, BERT, MPNet and BART, else what PEFT
-    takes for LoRA. dem_weight is the η of Eq. 10 as printed (the authors' code halves the term).
-    score is a name in drlora_ref.SCORES, seed is that of the score "random".
+    takes for LoRA. modules_to_save are trained whole; the head (inject.head_modules) is among them
+    by itself where task_type is SEQ_CLS, TOKEN_CLS or QUESTION_ANS, in a multiple-choice model, and
+    wherever from_pretrained had no weights for a module. dem_weight is the η of Eq. 10 as printed
+    (the authors' code halves the term). score is a name in drlora_ref.SCORES, seed is that of the
+    score "random".
 
     Raises ValueError for a value out of range, naming what would be right.
 
@@ -63,9 +66,18 @@ class DynamicRankConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = DYNAMIC_RANK
+        for name, value in vars(self).items():
+            if hasattr(value, "item"):  # a number of numpy's or torch's, which JSON does not have
+                setattr(self, name, value.item())
         for name in ("target_modules", "exclude_modules"):  # PEFT wants sets, JSON gives lists
-            if isinstance(getattr(self, name), list):
-                setattr(self, name, set(getattr(self, name)))
+            value = getattr(self, name)
+            if not isinstance(value, str | None):
+                setattr(self, name, set(value))
+        if (names := self.modules_to_save) is not None:  # PEFT puts more into this list
+            self.modules_to_save = [names] if isinstance(names, str) else list(names)
+        if self.target_modules is not None and not self.target_modules:
+            raise ValueError("target_modules is empty: name linear layers, or leave it out")
+        self.from_file = False  # whether the head, too, is known from a saved adapter
         self._check_kinds()
         steps = 10**9 if self.total_step is None else self.total_step  # else: what can be checked
         BudgetSchedule(
@@ -88,6 +100,12 @@ class DynamicRankConfig(PeftConfig):
             raise ValueError(f"lora_dropout = {self.lora_dropout!r}: must be at least 0, below 1")
         if not isinstance(self.score, str):
             raise ValueError(f"score = {self.score!r}: must be a name, since it is saved")
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        config = super().from_pretrained(*args, **kwargs)
+        config.from_file = True
+        return config
 
     def schedule(self) -> BudgetSchedule:
         """Eq. 9 with these numbers. Raises ValueError while total_step is None."""

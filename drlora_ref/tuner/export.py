@@ -1,38 +1,33 @@
 """A trained model's surviving components as a stock LoRA adapter that any user of PEFT can load."""
 
+import ctypes
 import json
+import math
 import os
 import re
 import tempfile
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.models.auto import modeling_auto
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from drlora_ref.inject import head_modules, in_head
-from drlora_ref.layer import RankOneComponents, dynamic_layers
+from drlora_ref.layer import RankOneComponents, bare, dynamic_layers, plain_name
 from drlora_ref.plotting import plot_rank_heatmap
-from drlora_ref.tuner.card import model_card
+from drlora_ref.tuner.card import is_our_card, model_card
+from drlora_ref.tuner.fitting import TASK_TYPES, TRAINED_BY_PEFT, check_ends, wrappable
 from drlora_ref.tuner.layer import check_settled
 from drlora_ref.tuner.model import DynamicRankModel, find_tuner
 
-# In the order in which they are written: what PEFT reads first is last.
-FILES = ("rank_map.png", "README.md", "adapter_model.safetensors", "adapter_config.json")
-
-# PEFT's name for a kind of task, and transformers' models that do it.
-TASK_TYPES = {
-    "SEQ_CLS": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    "TOKEN_CLS": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-    "QUESTION_ANS": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-    "SEQ_2_SEQ_LM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    "CAUSAL_LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-}
+# In the order in which they are written one by one: what PEFT reads first is last.
+FILES = ("README.md", "rank_map.png", "adapter_model.safetensors", "adapter_config.json")
 
 
 def export_lora(
@@ -63,23 +58,30 @@ def export_lora(
     To publish, huggingface_hub.upload_folder takes the folder as it is. push_to_hub of the loaded
     PeftModel works as always, with a card of PEFT's own.
 
-    Files, each written whole: adapter_config.json, adapter_model.safetensors, README.md (the card)
-    and rank_map.png. Raises, before anything is written: ValueError if nothing survives (LoRA has
-    no rank 0), pruning has not ended, or something was trained that LoRA cannot hold; TypeError for
-    a model without components or a metric that is no number; FileExistsError if one of these files
-    is there and overwrite is not set.
+    Files: adapter_config.json, adapter_model.safetensors, README.md (the card) and rank_map.png.
+    They change as one: who kills the export finds the old set or the new one. Raises, before
+    anything is written: ValueError if nothing survives (LoRA has no rank 0), pruning has not ended,
+    a number is NaN or infinite, or something was trained that LoRA cannot hold; TypeError for a
+    model without components or a metric that is no number; FileExistsError if one of these files is
+    there and overwrite is not set.
     """
-    folder = Path(folder)
-    _check_given(folder, metric, overwrite)
+    folder = Path(folder).resolve()
+    _check_folder(folder, overwrite)
+    metric = _as_numbers(metric)
+    model = bare(model)
     layers, tensors, config = _take_apart(model, adapter_name)
     ranks = {name: layer.rank for name, layer in layers.items()}
     _check(layers, ranks)
+    _check_all_held(model)
     r = max(ranks.values())
     for name, layer in layers.items():
         if ranks[name]:
             A, B = fold(layer, pad_to=r if uniform else 0)
             tensors[f"base_model.model.{name}.lora_A.weight"] = A
             tensors[f"base_model.model.{name}.lora_B.weight"] = B
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    tensors |= _running_statistics(plain, config.modules_to_save or [])
+    _check_finite(tensors)
     config.base_model_name_or_path = base_model or config.base_model_name_or_path
     config.r = config.lora_alpha = r
     config.target_modules = _targets(ranks)
@@ -87,8 +89,7 @@ def export_lora(
         kept = {n: rank for n, rank in ranks.items() if 0 < rank < r}
         config.rank_pattern = {"^" + re.escape(n): rank for n, rank in kept.items()}
         config.alpha_pattern = dict(config.rank_pattern)
-    plain = model.get_base_model() if isinstance(model, PeftModel) else model
-    card = model_card(plain, config, ranks, task, metric or {})
+    card = model_card(plain, config, ranks, task, metric)
     _write(folder, config, tensors, card, ranks)
     return ranks
 
@@ -125,26 +126,68 @@ def _take_apart(
         given = tuner.peft_config[name]
         config = LoraConfig(
             task_type=given.task_type,
-            modules_to_save=given.modules_to_save,
+            modules_to_save=[plain_name(n) for n in given.modules_to_save or []] or None,
             base_model_name_or_path=given.base_model_name_or_path,
         )
         return tuner.layers(name), head, config
     layers = dynamic_layers(model)
     if not layers:
         raise TypeError(f"{type(model).__name__} has no dynamic-rank components to export")
-    head = {f"base_model.model.{n}": t for n, t in model.state_dict().items() if in_head(n)}
-    ours = {id(p) for layer in layers.values() for p in layer.parameters()}
-    for name, p in model.named_parameters():
-        if p.requires_grad and id(p) not in ours and not in_head(name):
-            raise ValueError(f"{name} was trained too, and a LoRA adapter cannot hold it")
     kind = type(model).__name__
+    task_type = next((t for t, kinds in TASK_TYPES.items() if kind in kinds.values()), None)
+    ends = TRAINED_BY_PEFT.get(task_type or "", ())
+    heads = [part for head in head_modules(model) for part in wrappable(model, head, ends)]
+    check_ends(model, heads)
+    head = {
+        f"base_model.model.{plain_name(n)}": t
+        for n, t in model.state_dict().items()
+        if in_head(n, heads)
+    }
     loaded_from = getattr(getattr(model, "config", None), "name_or_path", None)
     config = LoraConfig(
-        task_type=next((t for t, kinds in TASK_TYPES.items() if kind in kinds.values()), None),
-        modules_to_save=head_modules(model),
+        task_type=task_type,
+        modules_to_save=[plain_name(n) for n in heads],
         base_model_name_or_path=loaded_from or None,
     )
     return layers, head, config
+
+
+def _running_statistics(model: nn.Module, whole: list[str]) -> dict[str, Tensor]:
+    """The buffers of batch norms outside these modules: a forward pass in training moves them.
+
+    Under their own names PEFT loads them into the base model.
+    """
+    norms = {plain_name(n): m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    return {
+        f"base_model.model.{name}.{buffer}": tensor
+        for name, norm in norms.items()
+        if not in_head(name, whole)
+        for buffer, tensor in norm.named_buffers(recurse=False)
+    }
+
+
+def _check_all_held(model: nn.Module) -> None:
+    """Raise ValueError naming what was trained and is neither in a component nor in the head."""
+    peft = isinstance(model, PeftModel)
+    heads = [] if peft else head_modules(model)
+    held = {id(p) for n, p in model.named_parameters() if in_head(n, heads)}
+    for module in model.modules():
+        if isinstance(module, RankOneComponents):
+            held |= {id(p) for p in (module.lora_A, module.lora_B, module.lora_c)}
+        if isinstance(module, ModulesToSaveWrapper):
+            held |= {id(p) for p in module.modules_to_save.parameters()}
+    for name, p in model.named_parameters():
+        if p.requires_grad and id(p) not in held:
+            way = "name its module in modules_to_save" if peft else "freeze it"
+            raise ValueError(
+                f"{name} was trained too, and a LoRA adapter cannot hold it: {way} before training"
+            )
+
+
+def _check_finite(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} has NaN or infinite numbers: training diverged")
 
 
 def _check(layers: dict[str, RankOneComponents], ranks: dict[str, int]) -> None:
@@ -158,15 +201,26 @@ def _check(layers: dict[str, RankOneComponents], ranks: dict[str, int]) -> None:
     check_settled(layers)
 
 
-def _check_given(folder: Path, metric: dict[str, float] | None, overwrite: bool) -> None:
+def _check_folder(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file: name a folder")
     there = [name for name in FILES if (folder / name).exists()]
-    if there and not overwrite:
+    # The configuration comes last: without it, with our card, an export was interrupted there.
+    begun = FILES[-1] not in there and is_our_card(folder / "README.md")
+    if there and not begun and not overwrite:
         raise FileExistsError(f"{folder} has {there[0]} already: name another, or overwrite=True")
-    numbers = metric.values() if isinstance(metric, dict) else ["no dictionary"]
-    if metric is not None and not all(isinstance(value, int | float) for value in numbers):
+
+
+def _as_numbers(metric: dict[str, Any] | None) -> dict[str, float]:
+    """The metrics as numbers of Python's; single ones of numpy and torch are taken as well."""
+    given = metric.items() if isinstance(metric, dict) else [("", metric)] if metric else []
+    numbers = {
+        name: value.item() if math.prod(getattr(value, "shape", [0])) == 1 else value
+        for name, value in given
+    }
+    if not all(name and isinstance(value, int | float) for name, value in numbers.items()):
         raise TypeError(f"metric = {metric!r}: give names with numbers, as {{'accuracy': 0.93}}")
+    return numbers
 
 
 def _targets(ranks: dict[str, int]) -> list[str] | str:
@@ -188,14 +242,15 @@ def _write(
     card: str,
     ranks: dict[str, int],
 ) -> None:
-    """All files whole in a folder of their own first, then each moved in."""
+    """All files whole in a folder of their own beside it first, then they change places."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as made:
+    beside = folder.parent if os.access(folder.parent, os.W_OK) else folder
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".unfinished-") as made:
         unfinished = Path(made)
         figure = cast(plt.Figure, plot_rank_heatmap(ranks).figure)  # a whole one, no SubFigure
         figure.savefig(unfinished / "rank_map.png")
         plt.close(figure)
-        (unfinished / "README.md").write_text(card)
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
         whole = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
         save_file(whole, unfinished / "adapter_model.safetensors", metadata={"format": "pt"})
         config.inference_mode = True
@@ -204,5 +259,25 @@ def _write(
         if isinstance(settings["target_modules"], list):
             settings["target_modules"].sort()  # PEFT keeps a set, whose order changes by process
         (unfinished / "adapter_config.json").write_text(json.dumps(settings, indent=2))
-        for name in FILES:
-            os.replace(unfinished / name, folder / name)
+        _install(unfinished, folder)
+
+
+def _install(new: Path, folder: Path) -> None:
+    """The new files in the place of the old: all at once, or so that no mixture can be loaded."""
+    ours_alone = {path.name for path in folder.iterdir()} <= set(FILES)
+    here = Path.cwd().is_relative_to(folder)  # this process would be left in the old one
+    new.chmod(folder.stat().st_mode)
+    if ours_alone and not here and _exchange(new, folder):
+        return  # what lies in `new` now is the old set
+    (folder / FILES[-1]).unlink(missing_ok=True)  # without it, PEFT finds no adapter
+    for name in FILES:
+        os.replace(new / name, folder / name)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change places in one step; False where the system cannot (Linux can)."""
+    if not hasattr(ctypes.pythonapi, "renameat2"):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    paths = here, os.fsencode(one), here, os.fsencode(other)
+    return ctypes.pythonapi.renameat2(*paths, exchange) == 0

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from drlora_ref.allocator import RankAllocator, needs
 from drlora_ref.importance import SCORES
 from drlora_ref.layer import RankOneComponents, like_base
+from drlora_ref.precision import StaysFloat32
 from drlora_ref.tuner.config import DynamicRankConfig
 from drlora_ref.watch import ZWatch
 
@@ -46,6 +47,7 @@ class DynamicRankLinear(nn.Module, BaseTunerLayer):
 
     PEFT's counterpart of DynamicLoRALinear: that one has a single set of components, this one as
     many as adapters were added, of which the active ones count. Shapes: (..., d_in) -> (..., d_out)
+    As that one, it is a linear layer to code that reads `weight`: W in evaluation, W0 in training.
     """
 
     adapter_layer_names = ("dynamic_rank_components",)
@@ -72,15 +74,32 @@ class DynamicRankLinear(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        added = self._added()
+        result = self.base_layer(x, *args, **kwargs)
+        for components in added:
+            result = result + components(x).to(result.dtype)
+        return result
+
+    def _added(self) -> list[RankOneComponents]:
+        """The components that the forward pass adds to the base layer's answer."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
-            return result
-        for name in self.active_adapters:
-            if name in self.dynamic_rank_components:
-                result = result + self.components(name)(x).to(result.dtype)
-        return result
+            return []
+        here = self.dynamic_rank_components
+        return [self.components(name) for name in self.active_adapters if name in here]
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight in training, with what is added to it in evaluation: (d_out, d_in)."""
+        W = self.base_layer.weight
+        for components in [] if self.training else self._added():
+            W = W + components.update().to(W.dtype)
+        return W
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """True: PEFT's convert_to_lora takes ΔW apart anew. export_lora needs no such detour."""
+        return True
 
     def components(self, adapter_name: str) -> RankOneComponents:
         """The components of one adapter. Raises KeyError if it has none here."""
@@ -110,7 +129,7 @@ class DynamicRankLinear(nn.Module, BaseTunerLayer):
             self.base_layer.weight -= delta.to(self.base_layer.weight.dtype)
 
 
-class AllocatorState(nn.Module):
+class AllocatorState(StaysFloat32):
     """The memory of one adapter's RankAllocator, as buffers: saved and loaded with the adapter.
 
     Buffers: ema (N,), the smoothed score of every component by position; last_step and settings,
@@ -139,6 +158,7 @@ class AllocatorState(nn.Module):
         if "z_square" in needs(SCORES[config.score]) and not config.inference_mode:
             self.watch = ZWatch(list(layers.values()))
         self.found_total_step = False  # whether a trainer has filled it in
+        self.dem_counted = False  # whether a gradient has passed Eq. 10 since the last step
         self.register_load_state_dict_post_hook(_forget)
 
     def forget(self) -> None:
@@ -171,6 +191,27 @@ class AllocatorState(nn.Module):
                 allocator.generator.set_state(self.generator.cpu())
         self.allocator = allocator
         return allocator
+
+    def count_dem(self, penalty: Tensor) -> Tensor:
+        """The penalty (Eq. 10), which will be known to have counted once a gradient passes it."""
+
+        def note(gradient: Tensor) -> None:
+            self.dem_counted = True
+
+        if penalty.requires_grad:
+            penalty.register_hook(note)
+        return penalty
+
+    def check_dem(self, allocator: RankAllocator, step: int) -> None:
+        """Raise ValueError for a step that was taken on gradients without those of DEM."""
+        counted, self.dem_counted = self.dem_counted, False
+        taken = any(layer.lora_c.grad is not None for layer in allocator.layers.values())
+        if taken and not counted and not allocator.schedule.pruning_ended(step):
+            raise ValueError(
+                f"dem_weight is set, but step {step} was taken without DEM: its loss is not that "
+                "of DynamicRankTrainer.compute_loss. A compute_loss or training_step of your own "
+                "must call super()'s, or add dem_weight * model.dem_loss()"
+            )
 
     @torch.no_grad()
     def step(self, allocator: RankAllocator, global_step: int) -> None:

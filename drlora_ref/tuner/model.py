@@ -24,14 +24,17 @@ from peft.mapping import (
 )
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from drlora_ref.allocator import RankAllocator
 from drlora_ref.inject import BASE_MODELS, check_target
-from drlora_ref.layer import RankOneComponents, dynamic_layers
-from drlora_ref.regularizer import dem_loss
+from drlora_ref.layer import RankOneComponents, bare, dynamic_layers, plain_name
+from drlora_ref.precision import train_in_float32
+from drlora_ref.regularizer import check_dem, dem_loss
 from drlora_ref.schedule import BudgetSchedule
 from drlora_ref.tuner.config import DYNAMIC_RANK, DynamicRankConfig
+from drlora_ref.tuner.fitting import Before, check_name, check_task, whole_modules
 from drlora_ref.tuner.layer import (
     AllocatorState,
     DynamicRankLinear,
@@ -56,7 +59,8 @@ class DynamicRankModel(BaseTuner):
     the one active adapter, as do `schedule()` and `rank_pattern()`. Each raises ValueError if
     several are active.
 
-    Raises ValueError for a model that has adapters already.
+    Raises ValueError for a model that has adapters already, and as check_task, whole_modules,
+    check_name, check_target and check_dem do. A model that is refused is as it was before.
 
     Read with care: merging goes by the mask and so do the ranks, the forward pass goes by c; the
     two agree once pruning has ended. Merging before that raises ValueError.
@@ -71,6 +75,11 @@ class DynamicRankModel(BaseTuner):
     peft_config: dict[str, DynamicRankConfig]  # type: ignore[assignment]  # the base has any kind
 
     def __init__(self, model: nn.Module, peft_config, adapter_name: str, *args, **kwargs):
+        if bare(model) is not model:
+            raise ValueError(
+                f"the model is wrapped in {type(model).__name__}: adapt it first, and wrap what "
+                "get_peft_model returns"
+            )
         adapted = [n for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
         if adapted := adapted or list(dynamic_layers(model)):
             raise ValueError(
@@ -82,31 +91,37 @@ class DynamicRankModel(BaseTuner):
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        # PEFT writes what it finds into the configuration, and the user's may serve again.
+        config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        check_task(model, config.task_type)
+        if not config.from_file:
+            config.modules_to_save = whole_modules(model, config) or None
+        check_name(model, adapter_name, config.modules_to_save or [])
+        before = Before(model, adapter_name)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             layers = self.layers(adapter_name)
-            where = {model.get_submodule(name).weight.device for name in layers}
+            if config.dem_weight:
+                check_dem(layers)
+            adapted = [m for m in model.modules() if isinstance(m, DynamicRankLinear)]
+            ours = [m for m in adapted if adapter_name in m.dynamic_rank_components]
+            where = {m.base_layer.weight.device for m in ours}
             if len(where) > 1:
                 named = ", ".join(sorted(map(str, where)))
                 raise ValueError(f"the model is on {named}: scores need one device")
-        except Exception:
-            self._take_out(model, adapter_name)
+        except BaseException:
+            before.restore()
             raise
+        for module in model.modules():
+            if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+                train_in_float32(module.modules_to_save[adapter_name])
         if not hasattr(self, "dynamic_rank_state"):
             self.dynamic_rank_state = nn.ModuleDict()
-        config = self.peft_config[adapter_name]
         state = AllocatorState(layers, config, *where)
         self.dynamic_rank_state[adapter_name] = state
         if state.watch:  # PEFT calls the tuner or the model inside it, by the kind of task
             state.watch.follow(self)
             state.watch.follow(model)
-
-    def _take_out(self, model: nn.Module, adapter_name: str) -> None:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, DynamicRankLinear):
-                module.delete_adapter(adapter_name)
-                if not module.dynamic_rank_components:
-                    model.set_submodule(name, module.base_layer)
 
     def _create_and_replace(
         self,
@@ -121,7 +136,7 @@ class DynamicRankModel(BaseTuner):
     ) -> None:
         if isinstance(target, DynamicRankLinear):
             return target.add(adapter_name, peft_config)
-        check_target(current_key, target)
+        check_target(current_key, target, self.model)
         adapted = DynamicRankLinear(target, adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             adapted.requires_grad_(False)
@@ -151,6 +166,10 @@ class DynamicRankModel(BaseTuner):
             if config.inference_mode and name.endswith(f".{adapter_name}.last_step"):
                 warn_unfinished(config, int(tensor))
         return loaded
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return super()._remove_adapter_name_from_key(plain_name(key), adapter_name)
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
@@ -194,7 +213,7 @@ class DynamicRankModel(BaseTuner):
         """The components of each adapted matrix, by its name in the model that was given."""
         name = self.one_adapter(adapter_name)
         return {
-            module_name: module.components(name)
+            plain_name(module_name): module.components(name)
             for module_name, module in self.model.named_modules()
             if isinstance(module, DynamicRankLinear) and name in module.dynamic_rank_components
         }
@@ -209,7 +228,8 @@ class DynamicRankModel(BaseTuner):
 
     def dem_loss(self, adapter_name: str | None = None) -> Tensor:
         """R of Eq. 10 over the adapter's components, a scalar with gradient."""
-        return dem_loss(self.allocator(adapter_name).layers)
+        penalty = dem_loss(self.allocator(adapter_name).layers)
+        return self.memory(adapter_name).count_dem(penalty)
 
     def allocator(self, adapter_name: str | None = None) -> RankAllocator:
         """The adapter's RankAllocator, as it stands; made at the first call and after a load.
@@ -223,7 +243,6 @@ class DynamicRankModel(BaseTuner):
     def set_total_step(self, total_step: int, adapter_name: str | None = None) -> None:
         """Fill in T, for a trainer that knows it; the configuration that was given stays."""
         name = self.one_adapter(adapter_name)
-        # PEFT goes on changing the object that it was given until its model is made; not after.
         self.peft_config[name] = copy.copy(self.peft_config[name])
         self.peft_config[name].total_step = total_step
         self.memory(name).found_total_step = True
@@ -232,9 +251,13 @@ class DynamicRankModel(BaseTuner):
     def update_and_allocate(self, global_step: int, adapter_name: str | None = None) -> None:
         """Algorithm 1, lines 7-9: score, smooth and prune, after optimizer step global_step.
 
-        Raises ValueError if steps are left out or repeated, and as `allocator`.
+        Raises ValueError if steps are left out or repeated, if dem_weight is set and no gradient of
+        `dem_loss` was in the step, if no gradient reaches a layer, and as `allocator`.
         """
-        self.memory(adapter_name).step(self.allocator(adapter_name), global_step)
+        memory, allocator = self.memory(adapter_name), self.allocator(adapter_name)
+        if self.peft_config[self.one_adapter(adapter_name)].dem_weight:
+            memory.check_dem(allocator, global_step)
+        memory.step(allocator, global_step)
 
     def rank_pattern(self, adapter_name: str | None = None) -> dict[str, int]:
         """Surviving components of each adapted matrix by name."""
@@ -258,6 +281,7 @@ class DynamicRankModel(BaseTuner):
 
 def find_tuner(model) -> DynamicRankModel:
     """The tuner inside a PeftModel. Raises TypeError for any other model."""
+    model = bare(model)
     tuner = model.base_model if isinstance(model, PeftModel) else None
     if not isinstance(tuner, DynamicRankModel):
         raise TypeError(

@@ -6,11 +6,12 @@ by `class MyTrainer(DynamicRankMixin, TheirTrainer)`.
 """
 
 import inspect
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from drlora_ref.tuner.checkpoints import last_whole
 from drlora_ref.tuner.model import find_tuner
 
 # Losses of transformers that are a sum over tokens, divided by the number they are given.
@@ -31,8 +32,9 @@ class DynamicRankCallback(TrainerCallback):
 
     Raises ValueError when training begins: if total_step is not the number of steps to come, if
     the adapter has been trained for other than the steps that Trainer resumes from, or if
-    dem_weight is set and nothing adds DEM. And when training ends before pruning does. Parameters
-    sharded by FSDP or DeepSpeed are refused; DDP is fine.
+    dem_weight is set and nothing adds DEM. At the first step whose gradients are without DEM, since
+    a loss of the user's own has taken the place of ours. And when training ends before pruning
+    does. Parameters sharded by FSDP or DeepSpeed are refused; DDP is fine.
     """
 
     def __init__(self, adds_dem: bool = False):
@@ -68,6 +70,8 @@ class DynamicRankCallback(TrainerCallback):
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         # Scores may need the gradients: before Trainer sets them to zero and counts the step.
         tuner, step = find_tuner(model), state.global_step + 1
+        if all(layer.lora_c.grad is None for layer in tuner.layers().values()):
+            raise ValueError(f"no gradient reaches any component in step {step}: none is trained")
         tuner.update_and_allocate(step)
         # This step's evaluation comes after this call, so what was best through t_end is forgotten
         # in the step after it.
@@ -114,10 +118,20 @@ class DynamicRankMixin(_Trainer):
     Logged with each training loss: `rank` (surviving components, mean over matrices), `rank_min`,
     `rank_max`, and `rank_budget`, the b(t) of Eq. 9.
 
-    Raises TypeError for a model without a dynamic-rank adapter, ValueError under FSDP or DeepSpeed.
+    Who kills a training may leave a half-written checkpoint. Asked to resume from it, or from the
+    last one (resume_from_checkpoint=True), `train` takes the last that is whole, and says so.
+
+    Raises TypeError for a model without a dynamic-rank adapter and for a class in which a Trainer
+    stands before it, ValueError under FSDP or DeepSpeed.
     """
 
     model_accepts_loss_kwargs: bool
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if Trainer in order and order.index(Trainer) < order.index(DynamicRankMixin):
+            raise TypeError(f"class {cls.__name__}: DynamicRankMixin must stand before the Trainer")
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -128,10 +142,17 @@ class DynamicRankMixin(_Trainer):
         self.remove_callback(DynamicRankCallback)  # one that was added by hand: it would step twice
         self.add_callback(DynamicRankCallback(adds_dem=True))
 
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if resume_from_checkpoint:
+            folder = str(self.args.output_dir)
+            resume_from_checkpoint = last_whole(folder, resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        result: Any = super().compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
+        loss, outputs = result if return_outputs else (result, None)
         tuner = find_tuner(self.model)
         weight = tuner.peft_config[tuner.one_adapter()].dem_weight
         step = self.state.global_step + 1  # the one that this loss belongs to
