@@ -7,7 +7,7 @@ from peft import PeftModel
 from peft.tuners.adalora import AdaLoraLayer
 from torch import Tensor, nn
 
-from drlora_ref.allocator import check_next_step
+from drlora_ref.allocator import Diverged, check_next_step
 from drlora_ref.schedule import BudgetSchedule
 
 SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # PEFT's: sensitivity, its average, its uncertainty
@@ -34,6 +34,7 @@ class AdaLoRAAllocator:
 
     Raises ValueError if steps are left out, and at t_end if other than target_r components per
     layer are left: ties, or a PEFT configuration with another total_step than the schedule's.
+    Raises Diverged at a pruning step of the schedule if a score is NaN or infinite.
     """
 
     def __init__(self, model: PeftModel, schedule: BudgetSchedule):
@@ -54,6 +55,10 @@ class AdaLoRAAllocator:
         self.tuner.update_and_allocate(global_step)
         self.last_step = global_step
         left, due = self.surviving(), self.schedule.target_r * len(self.layers)
+        ipt, unc = (getattr(self.tuner.rankallocator, name) for name in SCORES[1:])
+        scores = [average * unc[name] for name, average in ipt.items()]
+        if self.schedule.prunes_at(global_step) and not all(s.isfinite().all() for s in scores):
+            raise Diverged("AdaLoRA's scores are NaN or infinite: training diverged")
         if global_step == self.schedule.t_end and left != due:
             raise ValueError(
                 f"AdaLoRA ends with {left} components, the budget is {due}: scores were tied (a "
