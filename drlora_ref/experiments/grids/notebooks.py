@@ -155,8 +155,8 @@ def _heeding_signals(sockets: str, **given: object) -> None:
                 _tell_kernel(sockets, signal.SIGKILL)
             raise
         if hearing.told and (problem := future.exception()):
-            saved = isinstance(problem, PapermillExecutionError) and problem.ename == "Terminated"
-            hearing.answer(problem.evalue if saved else "SIGTERM: no run was there to be saved")
+            saved = problem.evalue if isinstance(problem, PapermillExecutionError) else ""
+            hearing.answer(saved or "SIGTERM: there was no run whose checkpoint could be saved")
         future.result()
 
 
