@@ -123,6 +123,9 @@ class RankAllocator:
     best b(t) · layers of them (Eq. 9), over *all* layers at once; it sets the c of the others to
     zero. They train on and may come back at a later event. After the last event the mask is fixed.
 
+    Choice: scores and their averages end with the last event, as in the authors' code. Nothing
+    would read them.
+
     Layers of one shape are stacked, so that a base-size encoder's 72 matrices take three scoring
     calls, not 72. All scores lie in one vector, in `named_modules()` order and then by component.
 

@@ -25,7 +25,9 @@ class BudgetSchedule:
     Choice: the curve of the authors' code, which prunes the share ((b(0) - b(T)) / b(0)) p³ of all
     components: slow first, fast last. AdaLoRA's published curve is the opposite, fast first:
     b(T) + (b(0) - b(T)) (1-p)³; `curve="adalora"` gives that one.
-    Choice: tinit = 15 % and tfinal = 50 % of T (the paper's Appendix E), rounded down.
+    Choice: tinit = 15 % and tfinal = 50 % of T (the paper's Appendix E), rounded down. The authors'
+    code truncates t - 0.15·T towards zero. Where 0.15·T is no whole number it prunes after step
+    ⌊0.15·T⌋, as we do, and once more a step later; its further events come a step after ours.
 
     Read with care: `deltaT` is not part of the curve. The curve says how many may stay at step t;
     components are only taken away at every deltaT-th step, and at the last one.

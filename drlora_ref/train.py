@@ -104,6 +104,10 @@ def train(
     ...) under the same rules. `evaluate(model)` gives {"metric": float, "collapsed": bool}, after
     every epoch and at the end. `seed` orders the data; dropout follows the global generator.
 
+    Choice: DEM is part of the loss until pruning has ended, as in the authors' code; the paper does
+    not say how long. No weight decay by default (theirs: 0.01), and bfloat16 on a GPU (theirs: full
+    precision).
+
     The record: status ("completed", or "diverged" or "collapsed", with `flagged_at` the step),
     evaluations, best (over evaluations after t_end only, for every method alike), best_ever, last,
     loss_curve, budget_curve [[step, components kept], ...], rank_pattern, surviving_components,

@@ -1,7 +1,7 @@
-"""The notebooks: hygiene of the committed copies, solutions substituted and run, 09 by papermill.
+"""The notebooks: hygiene of the committed copies, and solutions substituted and run by papermill.
 
-Their outputs are compared by nbval (see the Makefile); a notebook that was never executed passes
-nbval, so the hygiene tests look for that.
+tests/solved.py says which are solved here. nbval runs others, and compares their outputs; one that
+was never executed passes nbval, so the hygiene tests look for that.
 """
 
 import ast
@@ -15,8 +15,8 @@ import papermill
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
-ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+from solved import NBVAL, NOTEBOOKS, OTHERS, ROOT, are_solved, solutions, tags, write_in_place
+
 OPENING = ["# ", "**One question:**", "**You will**", "**Needs:**", "**Runs on**", "**Checked by**"]
 CLOSING = ["What we now know", "What the paper does not say", "Where next"]
 ABSOLUTE = re.compile(r"(?<![\w.:/])/(?:home|root|Users|tmp|work|opt|mnt|usr)/[\w.\-]+")
@@ -27,21 +27,10 @@ def cells(path: Path, kind: str = "code") -> list:
     return [c for c in nbformat.read(path, 4).cells if c.cell_type == kind and c.source.strip()]
 
 
-def tags(cell) -> list[str]:
-    return cell.metadata.get("tags", [])
-
-
 def names(source: str, context: type) -> set[str]:
     tree = ast.parse(TransformerManager().transform_cell(source))
     nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, context)]
     return {node.id for node in nodes}
-
-
-def solutions(path: Path) -> dict[str, str]:
-    """{tag: source} of the answers to a notebook."""
-    text = (ROOT / "notebooks" / "solutions" / f"{path.stem}.py").read_text()
-    parts = re.split(r"^# %% (exercise-\d+)\n", text, flags=re.M)[1:]
-    return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
 def test_the_notebooks_are_numbered_without_a_gap():
@@ -129,36 +118,22 @@ def test_exercises_run_unsolved_and_have_answers(path):
         assert check.outputs[0].text == f"Exercise {number}: not solved yet\n"
 
 
-# What makes a solved notebook cheaper to run than the committed one, where its claims allow that,
-# and where to find what the committed one finds beside it.
-SMALLER = {
-    "08": {"n_seeds": 2},
-    "10": {"max_steps": 20},
-    "11": {"max_steps": 12},
-    "12": {"max_steps": 12},
-    "14": {"results_dir": str(ROOT / "results")},
-    "17": {"table_path": str(ROOT / "results" / "planted_scores.json")},
-}
+# Where to find what the committed notebook finds beside it.
+RESULTS = {number: {"results_dir": str(ROOT / "results")} for number in ("14", "18")}
 
 
-@each_notebook
-def test_the_solutions_solve_the_exercises(path, tmp_path, tiny_encoder):
-    book, answers = nbformat.read(path, 4), solutions(path)
-    for cell in book.cells:
-        for tag in set(tags(cell)) & set(answers):
-            cell.source = answers[tag]
-    nbformat.write(book, tmp_path / "solved.ipynb")
-    given = SMALLER.get(path.name[:2], {})
-    if path.name.startswith("09"):
-        given = {"model_name": str(tiny_encoder), "max_steps": 20, "train_size": 200}
+@pytest.mark.parametrize(
+    "path",
+    [p for p in NOTEBOOKS if not p.name.startswith((*NBVAL, *OTHERS))],
+    ids=lambda path: path.stem,
+)
+def test_the_solutions_solve_the_exercises(path, tmp_path):
     done = papermill.execute_notebook(
-        tmp_path / "solved.ipynb",
+        write_in_place(path, tmp_path),
         None,
-        given,
+        RESULTS.get(path.name[:2], {}),
         kernel_name="python3",
         cwd=tmp_path,
         progress_bar=False,
     )
-    text = "".join(o.get("text", "") for cell in done.cells for o in cell.get("outputs", []))
-    for number in range(1, len(answers) + 1):
-        assert f"Exercise {number}: correct" in text
+    assert are_solved(path, done)

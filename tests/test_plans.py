@@ -13,6 +13,7 @@ from drlora_ref.experiments.grids import plans
 from drlora_ref.experiments.grids.plans import expand, plan, read_grid
 from drlora_ref.experiments.results import paper
 from drlora_ref.experiments.run.settings import Settings, run_key
+from drlora_ref.experiments.tasks import grammar
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "notebooks" / "grids").glob("*.yaml"))
@@ -235,7 +236,7 @@ def test_a_missing_grid_and_no_workers_are_named(capsys):
 def test_a_shipped_grid_stands_for_the_runs_and_the_steps_that_it_says(file, monkeypatch):
     monkeypatch.chdir(ROOT)
     printed = yaml.safe_load(paper.FILE.read_text())
-    sizes = printed["train_examples"]
+    sizes = printed["train_examples"] | {"grammar": len(grammar.grammar_sentences("train"))}
     monkeypatch.setattr(plans, "_look_at", lambda task, data_dir: (task, sizes[task]))
     monkeypatch.setattr(plans, "resolve_model", lambda name: SimpleNamespace(sha256=name))
     grid = read_grid(file)
@@ -280,12 +281,15 @@ COUNTS = {
     "table_5": 9 * 5,
     "table_6": 5 * 3 * 5,
     "table_9": 7 * 3,
-    "trial_sst2_rates": 2 * 4 * 2 * 2,
-    "trial_sst2_arms": 5 * 2 * 4,
-    "trial_sst2": 6 * 8,
-    "trial_sst2_answers": 8,
-    "trial_sst2_maps": 2 * 8,
 }
+for _task in ("sst2", "cola", "grammar"):
+    COUNTS |= {
+        f"trial_{_task}_rates": 2 * 4 * 2 * 2,
+        f"trial_{_task}_arms": 5 * 2 * 4,
+        f"trial_{_task}": 6 * 8,
+        f"trial_{_task}_answers": 8,
+        f"trial_{_task}_maps": 2 * 8,
+    }
 
 
 def test_the_shipped_grids_are_of_the_size_of_their_tables():
@@ -299,3 +303,25 @@ def test_the_rates_are_chosen_on_other_seeds_and_for_every_cell_of_the_table(tab
     assert not {run["seed"] for run in final} & {run["seed"] for run in tried}
     cells = [{(run["task"], run["method"]) for run in runs} for runs in (final, tried)]
     assert cells[0] == cells[1]
+
+
+def test_follow_authors_sets_what_their_code_does_otherwise_unless_the_grid_says_more():
+    (run,) = plan(read_grid(write_grid(notebook=None, parameters=dict(
+        task="xsum", model_name="tiny-bart", data_dir="generated", follow="authors",
+        weight_decay=0.02))), Path("runs"))  # fmt: skip
+    given = run.work.parameters
+    assert (given["weight_decay"], given["precision"], given["scoring"]) == (
+        0.02,
+        "fp32",
+        "authors",
+    )
+    (run,) = plan(read_grid(write_grid(notebook=None, parameters=dict(
+        data_dir="generated", follow="authors"))), Path("runs"))  # fmt: skip
+    assert run.work.parameters["weight_decay"] == 0.01
+    assert run.work.parameters["scoring"] == "official"  # cola has nothing else
+
+
+def test_only_the_authors_can_be_followed(capsys):
+    write_grid(notebook=None, parameters=dict(data_dir="generated", follow="author"))
+    assert main(["grid", "grid.yaml"]) == 1
+    assert "unknown follow 'author' (nearest: authors)" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from papermill.exceptions import PapermillExecutionError
 from drlora_ref.experiments.__main__ import main
 from drlora_ref.experiments.grids.notebooks import run_notebook
 from drlora_ref.experiments.run.records import read_record
+from solved import are_solved, write_in_place
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "09_a_real_run.ipynb"
 GLUE = Path(__file__).parents[2] / "shared" / "glue"
@@ -32,7 +33,8 @@ def small(tiny_encoder):
 
 def test_a_dynamic_run_leaves_a_whole_record_figures_and_the_executed_notebook(small, tmp_path):
     given = {**small, "init_r": 3, "target_r": 2, "seed": 7, "deltaT": 2}
-    executed = run_notebook(NOTEBOOK, tmp_path / "run", given)
+    executed = run_notebook(write_in_place(NOTEBOOK, tmp_path), tmp_path / "run", given)
+    assert are_solved(NOTEBOOK, nbformat.read(executed, 4))
     record = read_record(tmp_path / "run")
 
     names = set(papermill.inspect_notebook(str(NOTEBOOK)))
@@ -103,19 +105,33 @@ def test_a_parameter_that_cannot_be_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "given, message",
-    [
-        ({"method": "dora"}, "unknown method 'dora' (nearest: drlora): use drlora, lora"),
-        ({"method": "adalora"}, "adalora needs more than this page"),
-        ({"score": "norm"}, "score = 'norm': must be one of frobenius_share"),
-        ({"init_r": 1}, "target_r = 4 is above init_r = 1"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_an_impossible_run_ends_in_one_line_before_any_training(
-    given, message, small, tmp_path, capsys
+IMPOSSIBLE = {
+    "unknown method 'dora' (nearest: drlora): use drlora, lora": {"method": "dora"},
+    "adalora needs more than this page": {"method": "adalora"},
+    "score = 'norm': must be one of frobenius_share": {"score": "norm"},
+    "target_r = 4 is above init_r = 1": {"init_r": 1},
+}
+
+
+@pytest.mark.parametrize("message", IMPOSSIBLE)
+def test_the_cells_of_an_impossible_run_end_in_one_line_before_any_training(
+    message, small, tmp_path, monkeypatch, capsys
 ):
+    monkeypatch.chdir(tmp_path)
+    given = small | {"output_dir": str(tmp_path)} | IMPOSSIBLE[message]
+    names: dict = {}
+    with pytest.raises(ValueError) as raised:  # in this process: a kernel takes seconds to start
+        for cell in nbformat.read(NOTEBOOK, 4).cells:
+            if cell.cell_type == "code":
+                exec(cell.source, names)
+                names |= given if "parameters" in cell.metadata.get("tags", []) else {}
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+    assert not (tmp_path / "record.json").exists()
+    assert "step " not in capsys.readouterr().out
+
+
+def test_an_impossible_run_ends_in_one_line_on_the_command_line(small, tmp_path, capsys):
+    message, given = next(iter(IMPOSSIBLE.items()))
     words = [word for name, value in (small | given).items() for word in ("-p", name, repr(value))]
     assert main(["notebook", str(NOTEBOOK), str(tmp_path), *words]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]

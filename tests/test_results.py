@@ -1,5 +1,6 @@
 """Records become tables in which every run counts, and intervals are what they say."""
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -47,6 +48,18 @@ def test_further_metrics_are_those_of_the_evaluation_that_counted(frame):
     # the first evaluation has the same metric, but came before pruning had ended
     extras = [{"exact_match": 0.1}, {"exact_match": 0.8}]
     assert frame(record(score=0.9, extras=extras)).exact_match.tolist() == [0.8]
+
+
+def test_the_authors_best_of_each_metric_may_be_of_different_epochs(tmp_path):
+    run = record(score=0.8)
+    found = [(60, 0.8, 0.1), (80, 0.7, 0.6), (40, 0.6, 0.9)]  # of step 40: too early to count
+    run["evaluations"] = [
+        {"step": step, "epoch": 1, "metric": metric, "collapsed": False, "exact_match": other}
+        for step, metric, other in found
+    ]
+    (tmp_path / "record.json").write_text(json.dumps(run))
+    assert load(tmp_path).exact_match.tolist() == [0.1]
+    assert load(tmp_path, each_at_its_best=True).exact_match.tolist() == [0.6]
 
 
 def test_a_run_that_diverged_early_scores_zero_in_every_metric_and_stays(frame):

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import nbformat
 import papermill
 import pytest
 import yaml
@@ -13,13 +14,15 @@ from drlora_ref.experiments.grids.notebooks import run_notebook
 from drlora_ref.experiments.run.records import read_record
 from drlora_ref.experiments.run.settings import Settings
 from drlora_ref.experiments.tasks.families import FAMILIES
+from solved import are_solved, write_in_place
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SETTINGS = NOTEBOOKS / "settings"
 FIELDS = {field.name for field in dataclasses.fields(Settings)}
 # What only one family of tasks knows, and so only its notebook has.
-SQUAD, XSUM = {"stride"}, {"summary_length", "num_beams"}
-CONTROLS = {"rank_map", "permute_map", "holdout", "tinit", "tfinal"}  # of grids without a notebook
+SQUAD, XSUM = {"stride", "scoring"}, {"summary_length", "num_beams", "scoring"}
+# Of grids without a notebook.
+CONTROLS = {"rank_map", "permute_map", "holdout", "tinit", "tfinal", "group_by_length"}
 OWN = {"10_roberta_glue": set(), "11_squad": SQUAD, "12_xsum": XSUM}
 SMALL = dict(data_dir="generated", batch_size=8, max_steps=10, deltaT=2, checkpoint_every=0)
 GIVEN = {
@@ -43,7 +46,9 @@ def test_a_notebook_has_every_setting_that_concerns_its_tasks_but_the_controls_o
 @pytest.mark.parametrize("name", OWN)
 def test_the_notebook_and_the_command_are_one_run(name, tmp_path):
     given = SMALL | GIVEN[name]
-    run_notebook(NOTEBOOKS / f"{name}.ipynb", tmp_path / "notebook", given)
+    path = NOTEBOOKS / f"{name}.ipynb"
+    executed = run_notebook(write_in_place(path, tmp_path), tmp_path / "notebook", given)
+    assert are_solved(path, nbformat.read(executed, 4))
     all_of_them = read_record(tmp_path / "notebook")["parameters"]
     del all_of_them["output_dir"]
     words = [word for key, value in all_of_them.items() for word in ("-p", key, repr(value))]

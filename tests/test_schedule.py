@@ -91,3 +91,15 @@ def test_defaults_are_15_and_50_percent_of_all_steps():
 def test_impossible_schedules_are_refused_with_the_value_and_the_remedy(changed, message):
     with pytest.raises(ValueError, match=message):
         BudgetSchedule(**{**dict(init_r=3, target_r=2, total_steps=100), **changed})
+
+
+@pytest.mark.parametrize("T", [110, 105, 330, 1070, 1605, 999])
+def test_the_authors_events_come_once_more_and_a_step_later_where_tinit_is_no_whole_number(T):
+    """Their arithmetic, retold: int(t - 0.15 T) counts, and int() truncates towards zero."""
+    ours = [t for t in range(T + 1) if BudgetSchedule(3, 2, T).prunes_at(t)]
+    last = int(T * (1 - 0.15 - 0.5))
+    theirs = [t for t in range(1, T + 1) if int(t - 0.15 * T) in range(0, last + 1, 10)]
+    assert 0.15 * T != int(0.15 * T)
+    assert theirs[:2] == [ours[0], ours[0] + 1]
+    between = [t for t in theirs[2:] if t < ours[-1] - 10]
+    assert between == [t + 1 for t in ours[1:]][: len(between)] and between

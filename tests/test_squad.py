@@ -583,3 +583,30 @@ def test_tokenizer_without_a_first_token_for_no_answer_is_refused(tiny_encoder):
     source = ModelSource("no-cls", str(tiny_encoder), "local folder no-cls", "")
     with pytest.raises(ValueError, match="no-cls: SQuAD needs a tokenizer that begins with"):
         load_model(source, "squad_v1")
+
+
+def test_by_the_authors_count_a_window_without_the_answer_wants_none(tokenizer):
+    data = load_task("squad_v2", "generated")
+    rows = data.validation["validation"]
+    starts = encode_train(rows, tokenizer, **SHORT)["start_positions"]
+    share = starts[:].count(0) / len(starts)
+    assert len(starts) > len(rows) and 0.5 < share < 1  # half the questions have no answer at all
+    by_window = make_inputs(data, tokenizer, **SHORT, scoring="authors")
+    silent = by_window.evaluate(Pointer(lambda ids: (0, 0)))
+    assert silent["exact_match"] == silent["f1"] == pytest.approx(share)
+    assert by_window.evaluate(oracle(rows, tokenizer, **SHORT))["exact_match"] == 1
+
+
+def test_by_the_authors_count_a_window_without_the_answer_is_left_out_where_all_have_one(tokenizer):
+    data = load_task("squad_v1", "generated")
+    rows = data.validation["validation"]
+    right = oracle(rows, tokenizer, **SHORT).positions
+
+    def last_token_where_there_is_no_answer(ids):
+        first, last = right(ids)
+        return (first, last) if first else (len(ids) - 2, len(ids) - 2)
+
+    model = Pointer(last_token_where_there_is_no_answer)
+    by_window = make_inputs(data, tokenizer, **SHORT, scoring="authors").evaluate(model)
+    by_question = make_inputs(data, tokenizer, **SHORT).evaluate(model)
+    assert by_window["exact_match"] == 1 > by_question["exact_match"]

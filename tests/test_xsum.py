@@ -354,3 +354,23 @@ def test_rouge_is_the_mean_over_documents():
 def test_encoder_is_refused_as_a_model_that_writes():
     with pytest.raises(ValueError, match="tiny-roberta: roberta models have no head"):
         load_model(resolve_model("tiny-roberta"), "xsum")
+
+
+@pytest.mark.parametrize("scoring, stemmer", [("official", True), ("authors", False)])
+def test_by_the_authors_count_references_are_cut_and_words_keep_their_ends(
+    scoring, stemmer, tiny, monkeypatch
+):
+    model, tokenizer = tiny
+    asked = []
+    monkeypatch.setattr(xsum, "rouge", lambda *given: asked.append(given) or rouge(*given))
+    data = load_task("xsum", "generated")
+    given = dict(max_length=60, summary_length=6, num_beams=1, scoring=scoring)
+    make_inputs(data, tokenizer, **given).evaluate(model)
+    ((_, references, stems),) = asked
+    whole = data.validation["validation"]["summary"][:]
+    assert stems == stemmer and len(references) == len(whole)
+    assert (references == whole) == (scoring == "official")
+    for reference, summary in zip(references, whole, strict=True):
+        assert summary.split()[: len(reference.split())] == reference.split()
+    alike = rouge(["cats sat"], ["cat sat"], stemmer)["rouge1"]
+    assert alike == pytest.approx(1 if stemmer else 0.5)

@@ -14,7 +14,8 @@ a record and no executed notebook, and any parameter of Settings may be set. Wit
 that the notebook takes.
 
 `table_8: small` (or large) stands for what paper.settings has for the task and method at that
-budget; what is written beside it takes precedence. `cost` says what to expect, `slurm` what to ask
+budget; what is written beside it takes precedence. `follow: authors` stands for what their code
+does otherwise than ours (paper.authors). `cost` says what to expect, `slurm` what to ask
 of a cluster.
 """
 
@@ -31,7 +32,7 @@ from typing import TypedDict
 
 from torch import nn
 
-from drlora_ref.experiments.given import check_known, place, read_yaml, shown
+from drlora_ref.experiments.given import check_known, check_name, place, read_yaml, shown
 from drlora_ref.experiments.grids import Value, processes
 from drlora_ref.experiments.methods.rank_maps import lora_ranks
 from drlora_ref.experiments.replicas.many_runs import can_be_replica, shared_settings
@@ -59,6 +60,7 @@ MOST = 10_000  # runs of a grid; the paper's largest table has 672
 Parameters = dict[str, Value]
 Cell = tuple[Value, ...]  # what a run has of the parameters in best_of's `by`
 CELL = ["task", "method"]
+STANDS_FOR = ("table_8", "follow")  # words for several parameters at once
 
 
 class BestOf(TypedDict):
@@ -154,7 +156,7 @@ def _check_sets(file: str | Path, grid: Grid) -> None:
     if twice := [name for name, times in Counter(names).items() if times > 1]:
         raise ValueError(f"{file} sets {', '.join(twice)} in two places")
     # Where a run is kept is the grid's to say.
-    known = ["table_8", *(f.name for f in fields(Settings) if f.name not in PLACES)]
+    known = [*STANDS_FOR, *(f.name for f in fields(Settings) if f.name not in PLACES)]
     check_known(f"{file}: a run has no", [*names, *best["by"]], known)
     given = [value for one in (same, *cases) for value in one.values()]
     for value in itertools.chain(given, *vary.values()):
@@ -232,7 +234,7 @@ def _taken(notebook: Path | None, sets: list[Parameters]) -> set[str]:
         return {field.name for field in fields(Settings)}
     from drlora_ref.experiments.grids.notebooks import check_parameters  # three seconds
 
-    given = [{k: v for k, v in chosen.items() if k != "table_8"} for chosen in sets]
+    given = [{k: v for k, v in chosen.items() if k not in STANDS_FOR} for chosen in sets]
     return check_parameters(notebook, *given)
 
 
@@ -264,6 +266,9 @@ def _settings(
     cell = tuple(chosen.get(name, getattr(Settings, name)) for name in by)
     try:
         base = paper.settings(*pair, chosen.pop("table_8")) if "table_8" in chosen else {}
+        if "follow" in chosen:
+            check_name("follow", chosen.pop("follow"), ["authors"])
+            base |= paper.authors(chosen["task"])
         settings = Settings(**base | best.get(cell, {}) | chosen)
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from None

@@ -2,7 +2,9 @@
 
 submitit starts each pack of runs in a process of its own, here or there. This file says how many
 of them at a time, with how many threads, on which GPU, and what becomes of them when somebody
-interrupts.
+interrupts. A process imports what its runs need when it does them: a notebook's kernel trains by
+itself, so the process that waits for it needs no model; and a job must know soon whether the grid
+that started it is still there.
 """
 
 import os
@@ -26,8 +28,6 @@ import torch
 from drlora_ref.experiments.given import screen
 from drlora_ref.experiments.grids import NotebookError, Value
 
-# What trains is imported where it is used: that takes long, and a job must know soon whether the
-# grid that started it is still there.
 if TYPE_CHECKING:
     from drlora_ref.experiments.run.settings import Settings
 
@@ -108,7 +108,7 @@ def _run_alone(item: WorkItem) -> None:
 
         run(_settings(item))
     else:
-        from drlora_ref.experiments.grids.notebooks import run_notebook  # three seconds
+        from drlora_ref.experiments.grids.notebooks import run_notebook
 
         run_notebook(item.notebook, item.folder, item.parameters)
 

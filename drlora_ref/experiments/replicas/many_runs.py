@@ -13,7 +13,7 @@ from drlora_ref.experiments.replicas.model import Part, replicate, take_apart
 from drlora_ref.experiments.run import one_run
 from drlora_ref.experiments.run.checkpoints import CHECKPOINT, Checkpoint
 from drlora_ref.experiments.run.loop import Loop
-from drlora_ref.experiments.run.order import Order
+from drlora_ref.experiments.run.order import make_order
 from drlora_ref.experiments.run.records import Record, read_record
 from drlora_ref.experiments.run.settings import NOT_IN_KEY, PLACES, Settings
 from drlora_ref.experiments.tasks import glue
@@ -87,8 +87,7 @@ def set_up_replicas(
     inputs, schedules = [run.inputs for run in runs], [run.schedule for run in runs]
     prunes = [part.prunes for part in parts]
     engine = Replicas(model, inputs, schedules, settings, prunes, accelerator)
-    sizes, seeds = [len(own.train) for own in inputs], [one.seed for one in settings]
-    order = Order(sizes, seeds, shared.batch_size, shared.grad_accumulation)
+    order = make_order(inputs, settings)
     return runs, Loop(engine, order, schedules[0], shared, accelerator, _checkpoint(runs))
 
 

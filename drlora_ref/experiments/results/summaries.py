@@ -24,7 +24,7 @@ COSTS = ("surviving_components", "seconds", "peak_memory_mib")
 SAME_INPUTS = ("data_fingerprint", "model_sha256", "model_files", "train_size")
 
 
-def load(*folders: str | Path) -> pd.DataFrame:
+def load(*folders: str | Path, each_at_its_best: bool = False) -> pd.DataFrame:
     """One row for every record.json in or below the folders, older ones with fewer fields included.
 
     Columns: the parameters of the run (`score`, the name of the importance score, is called
@@ -38,10 +38,12 @@ def load(*folders: str | Path) -> pd.DataFrame:
     so do its further metrics. Left out, it would flatter its method; and 0.0 is what evaluation
     gives a model that answers NaN, which a diverged one does. Its `status` tells it from a bad run.
     Any run that diverged has a holdout_score of 0.0, where others have one.
+    Choice: a run's further metrics are those of the evaluation that gave its best score. The
+    authors' code takes the best of each metric, of different epochs; so does `each_at_its_best`.
     Raises FileNotFoundError (no record), ValueError naming a file that is cut short or no run.
     """
     paths = sorted({path.resolve(): path for path in _find(folders)}.values())
-    frame = pd.DataFrame([_row(path) for path in paths])
+    frame = pd.DataFrame([_row(path, each_at_its_best) for path in paths])
     nothing = frame.best.isna() & (frame.status == "diverged")
     for name in _further_metrics(frame):
         of_the_task = frame.groupby("task")[name].transform("count") > 0
@@ -59,7 +61,7 @@ def _find(folders: Iterable[str | Path]) -> Iterable[Path]:
         yield from found
 
 
-def _row(path: Path) -> dict:
+def _row(path: Path, each_at_its_best: bool) -> dict:
     record = read_record(path)
     if record.get("replicas", 1) > 1:  # then these are of all replicas together
         record |= dict.fromkeys(("seconds", "peak_memory_mib"))
@@ -77,7 +79,7 @@ def _row(path: Path) -> dict:
         "metric_name": record.get("metric_name", "metric"),
         "score": 0.0 if best is None and diverged else _number(best),
         **{name: _number(record.get(name)) for name in ("best", "best_ever", "last")},
-        **_further_metrics_at_best(record, parameters),
+        **_further(record, parameters, each_at_its_best),
         **{f"{part}_parameters": _number(counts.get(part)) for part in ("adapter", "head")},
         "total_steps": record["total_steps"],
         **_of_the_last_model(record),
@@ -138,16 +140,21 @@ def _further_metrics(frame: pd.DataFrame) -> list[str]:
     return columns[columns.index("last") + 1 : columns.index("adapter_parameters")]
 
 
-def _further_metrics_at_best(record: dict, parameters: dict) -> dict[str, float]:
+def _further(record: dict, parameters: dict, each_at_its_best: bool) -> dict[str, float]:
     # Any r: the settled steps follow from T and tfinal, for methods that do not prune too.
     T = record["total_steps"]
     tfinal = steps_of(parameters.get("tfinal", Settings.tfinal), T)
     settled = BudgetSchedule(1, 1, T, tinit=0, tfinal=tfinal).settled
-    for evaluation in record["evaluations"]:
-        if settled(evaluation["step"]) and evaluation["metric"] == record["best"]:
-            known = ("step", "epoch", "metric", "collapsed")
-            return {name: value for name, value in evaluation.items() if name not in known}
-    return {}
+    known = ("step", "epoch", "metric", "collapsed")
+    counts = [
+        {name: value for name, value in evaluation.items() if name not in known}
+        for evaluation in record["evaluations"]
+        if settled(evaluation["step"])
+        and (each_at_its_best or evaluation["metric"] == record["best"])
+    ]
+    if each_at_its_best and counts:
+        return {name: max(one[name] for one in counts) for name in counts[0]}
+    return counts[0] if counts else {}
 
 
 def _steps_per_second(record: dict) -> float:

@@ -23,7 +23,7 @@ from drlora_ref.experiments.run import records
 from drlora_ref.experiments.run.checkpoints import Checkpoint
 from drlora_ref.experiments.run.engine import OneModel
 from drlora_ref.experiments.run.loop import Loop, Trained
-from drlora_ref.experiments.run.order import Order
+from drlora_ref.experiments.run.order import make_order
 from drlora_ref.experiments.run.rank_maps import RankMap, find_rank_map, sha256_of
 from drlora_ref.experiments.run.settings import NOT_IN_KEY, PRECISIONS, Settings, run_key
 from drlora_ref.experiments.sources.models import ModelSource, resolve_model
@@ -146,12 +146,7 @@ def train(run: ReadyRun) -> Trained:
         if accelerator.is_main_process:  # another process may have finished it since set_up
             records.check_output_dir(run.folder, settings.overwrite)
         engine = OneModel(run.prepared, run.inputs, run.schedule, settings, accelerator)
-        order = Order(
-            [len(run.inputs.train)],
-            [settings.seed],
-            settings.batch_size,
-            settings.grad_accumulation,
-        )
+        order = make_order([run.inputs], [settings])
         (trained,) = Loop(
             engine, order, run.schedule, settings, accelerator, _checkpoint(run)
         ).run()

@@ -15,6 +15,7 @@ from drlora_ref.importance import SCORES
 from drlora_ref.schedule import BudgetSchedule
 from drlora_ref.train import count_steps
 
+SCORINGS = ("official", "authors")
 PRECISIONS = {"auto": "", "fp32": "no", "bf16": "bf16"}  # our words, and accelerate's
 
 
@@ -45,6 +46,7 @@ class Settings:
     epochs: int = 45  # passes over the training set
     max_steps: int = 0  # optimizer steps in all, T; 0: the epochs decide
     max_length: int = 128  # tokens; what is longer is cut (SQuAD: read in windows)
+    group_by_length: bool = False  # True: a batch has rows of about one length, so less padding
     train_size: int = 0  # training examples, drawn at random; 0: all
     holdout: int = 0  # training examples never trained on, the same for every seed: a second test
     dem_weight: float = 0.15  # η, the weight of Eq. 10 as printed
@@ -65,6 +67,7 @@ class Settings:
     stride: int = 128  # tokens that two windows of one text share: SQuAD
     summary_length: int = 64  # tokens of a summary, at most: XSum
     num_beams: int = 3  # beams of the search for a summary: XSum
+    scoring: str = "official"  # of SQuAD and XSum; or authors: as the paper's code counts
     checkpoint_every: int = 500  # optimizer steps; one is also written after each evaluation
     output_dir: str = "runs/mine"  # checkpoint and record go here
     overwrite: bool = False  # True: may replace a record that is there
@@ -80,6 +83,7 @@ class Settings:
         check_name("task", self.task, FAMILIES)
         check_method(self.method)
         check_name("precision", self.precision, PRECISIONS)
+        check_name("scoring", self.scoring, SCORINGS)
         check_name("score", self.score, SCORES)
         for names, (least, most), words in RANGES:
             for name in names.split():
@@ -153,7 +157,7 @@ RANGES: list[tuple[str, tuple[float, float], str]] = [
 PLACES = ("output_dir", "overwrite")
 NOT_IN_KEY = ("data_dir", "model_name", "rank_map", *PLACES, "checkpoint_every")
 # Newer parameters, left out of a key at their defaults: so earlier runs keep the keys they have.
-NEWER = ("holdout", "tinit", "tfinal", "permute_map")
+NEWER = ("holdout", "tinit", "tfinal", "permute_map", "group_by_length", "scoring")
 
 
 def run_key(

@@ -60,18 +60,22 @@ def batches_by_length(
 ) -> Iterator[tuple[np.ndarray, Batch]]:
     """(indices of some rows, their batch on the model's device), rows of similar length together.
 
-    Every row comes once. A multiple-choice row is as long as its longest choice.
+    Every row comes once.
     """
     device = next(model.parameters()).device
     # No DataLoader: it would draw a random number, and training would then go on differently.
-    order = np.argsort([_length(ids) for ids in rows["input_ids"][:]], kind="stable")
+    order = np.argsort(row_lengths(rows), kind="stable")
     for chosen in np.split(order, range(batch_size, len(order), batch_size)):
         batch = collate(rows.select(chosen).to_list())
         yield chosen, {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def _length(ids: list[int] | list[list[int]]) -> int:
-    return max(map(len, ids)) if ids and isinstance(ids[0], list) else len(ids)
+def row_lengths(rows: Dataset) -> list[int]:
+    """Tokens of each encoded row; a multiple-choice row is as long as its longest choice."""
+    return [
+        max(map(len, ids)) if ids and isinstance(ids[0], list) else len(ids)
+        for ids in rows["input_ids"][:]
+    ]
 
 
 def evaluate_labels(

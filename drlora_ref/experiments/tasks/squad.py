@@ -50,7 +50,7 @@ TASKS = {
     "squad_v1": SquadTask("v1.1", "rajpurkar/squad", unanswerable=False),
     "squad_v2": SquadTask("v2.0", "rajpurkar/squad_v2", unanswerable=True),
 }
-OPTIONS = ("max_length", "stride", "eval_batch_size")  # the settings that `make_inputs` takes
+OPTIONS = ("max_length", "stride", "eval_batch_size", "scoring")  # what `make_inputs` takes
 
 COLUMNS = Features({
     **{name: Value("string") for name in ("id", "title", "context", "question")},
@@ -207,8 +207,11 @@ def make_inputs(
     max_length: int,
     stride: int = 128,
     eval_batch_size: int = 64,
+    scoring: str = "official",
 ) -> Inputs:
     """The task's windows as a training loop takes them; raises ValueError as iterate_windows does.
+
+    scoring: "official", by question, or "authors", by window: see squad_answers.evaluate.
 
     `train` has a row for each window, so it may be longer than `data.train`, which has a row for
     each question.
@@ -226,6 +229,7 @@ def make_inputs(
             unanswerable=TASKS[data.task].unanswerable,
             collate=collate,
             batch_size=eval_batch_size,
+            per_window=scoring == "authors",
         )
 
     train = encode_train(data.train, tokenizer, max_length, stride)

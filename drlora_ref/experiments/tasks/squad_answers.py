@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 from drlora_ref.experiments.tasks.data import Collate
 from drlora_ref.experiments.tasks.evaluation import batches_by_length, evaluation_mode
-from drlora_ref.experiments.tasks.squad_windows import NO_ANSWER, Windows
+from drlora_ref.experiments.tasks.squad_windows import (
+    NO_ANSWER,
+    Windows,
+    answer_characters,
+    locate,
+)
 
 N_BEST = 20  # starts, and ends, that are tried in a window
 LONGEST = 30  # tokens of an answer
@@ -33,19 +38,49 @@ def evaluate(
     unanswerable: bool,
     collate: Collate,
     batch_size: int = 64,
+    per_window: bool = False,
 ) -> dict[str, float | bool]:
     """F1 (which is the "metric") and exact match of the model's answers; whether they `collapsed`.
 
     Collapsed: the same text for every question (no answer counts as a text), or a logit that is
     not finite. Afterwards the model is in the mode it was in; no random number is drawn.
+
+    Choice: one answer a question, the best of its windows, as SQuAD's own script counts. The
+    authors' code counts windows; `per_window` does so too, by one_question_a_window.
     """
     spans = predict_spans(model, windows, collate, batch_size)
     if not np.isfinite(spans.no_answer).all():
         return {"metric": 0.0, "f1": 0.0, "exact_match": 0.0, "collapsed": True}
-    answers = choose_answers(spans, windows, questions["context"][:], unanswerable)
-    exact_match, f1 = score_answers(answers, [gold["text"] for gold in questions["answers"][:]])
+    contexts, golds = questions["context"][:], [gold["text"] for gold in questions["answers"][:]]
+    if per_window:
+        chosen, holds = one_question_a_window(windows, answer_characters(questions), unanswerable)
+        rows = windows.question[chosen]
+        contexts = [contexts[row] for row in rows]
+        golds = [golds[row] if whole else [] for row, whole in zip(rows, holds, strict=True)]
+        spans = Spans(*(part[chosen] for part in spans))
+        windows = windows._replace(question=np.arange(len(rows)), offsets=windows.offsets[chosen])
+    answers = choose_answers(spans, windows, contexts, unanswerable)
+    exact_match, f1 = score_answers(answers, golds)
     scores = {"metric": f1, "f1": f1, "exact_match": exact_match}
     return scores | {"collapsed": len(set(answers)) == 1}
+
+
+def one_question_a_window(
+    windows: Windows, characters: np.ndarray, unanswerable: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """(which windows count as a question, whether each of them holds the answer whole).
+
+    In a window without the answer "" is right and nothing else. If every question has an answer,
+    such windows are left out: a model that cannot tell where the answer is *not* loses nothing.
+    Source: the authors' Dataset_Tokenize.py. Their evaluation besides pairs the answers of a batch
+    with the wrong golds wherever two of its windows are of one question; that is not repeated here.
+
+    Shapes: characters (questions, 2) -> two times (windows that count,)
+    """
+    first, _ = locate(windows.offsets, characters[windows.question])
+    holds = first != NO_ANSWER
+    chosen = np.arange(len(holds)) if unanswerable else np.flatnonzero(holds)
+    return chosen, holds[chosen]
 
 
 def predict_spans(model: nn.Module, windows: Windows, collate: Collate, batch_size: int) -> Spans:

@@ -1,0 +1,99 @@
+"""Notebook 18 on a made-up trial whose answers are known, and where half of it was not run."""
+
+import json
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+
+from drlora_ref.experiments.grids.notebooks import run_notebook
+from drlora_ref.experiments.run.records import write_predictions
+
+NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "18_where_should_the_rank_go.ipynb"
+MATRICES = ["attention.self.query", "attention.self.key", "attention.self.value",
+            "attention.output.dense", "intermediate.dense", "output.dense"]  # fmt: skip
+N = 400  # examples held out
+
+# Part of the trial, parameters, and how many examples of 400 the arm gets right, seed by seed.
+ARMS = {
+    "lora r=2": ("", dict(method="lora", lora_alpha=16.0), [300, 302, 301]),
+    "lora r=6": ("", dict(method="lora", target_r=6), [340, 341, 342]),
+    "frobenius_share": ("", dict(method="drlora", score="frobenius_share"), [301, 301, 301]),
+    "random": ("", dict(method="drlora", score="random"), [260, 262, 261]),
+    "given map": ("_maps", dict(method="lora", lora_alpha=16.0, rank_map="a"), [320, 321, 322]),
+    "permuted map": ("_maps", dict(method="lora", lora_alpha=16.0, rank_map="a", permute_map=1),
+                     [350, 351, 352]),
+}  # fmt: skip
+
+
+def write(folder: Path, seed: int, right: int, **given) -> None:
+    """A run on SST-2 that gets the first so many examples right, whatever they are."""
+    labels = np.random.default_rng(0).integers(0, 2, N)
+    answers = np.where(np.arange(N) < right, labels, 1 - labels)
+    folder.mkdir(parents=True)
+    parameters = dict(task="sst2", seed=seed, init_r=6, target_r=2, lora_alpha=48.0,
+                      learning_rate=1e-3, batch_size=16, train_size=8000, holdout=N)  # fmt: skip
+    parameters |= given
+    ranks = np.random.default_rng(seed).permutation([0, 1, 3, 4] * 9)
+    modules = [f"encoder.layer.{i}.{name}" for i in range(6) for name in MATRICES]
+    kept = write_predictions({"holdout_predictions": answers, "holdout_labels": labels}, folder)
+    score = right / N
+    evaluations = [{"step": s, "epoch": s // 50, "metric": score, "collapsed": False}
+                   for s in (50, 100)]  # fmt: skip
+    record = {
+        "status": "completed", "best": score, "best_ever": score, "last": score,
+        "evaluations": evaluations, "metric_name": "accuracy", "total_steps": 100, "steps": 100,
+        "parameters": parameters, "rank_pattern": dict(zip(modules, ranks.tolist(), strict=True)),
+        "holdout": {"metric": score, "size": N}, "predictions": kept, "model": {"sha256": "m"},
+        "surviving_components": 36 * parameters["target_r"], "loss_curve": [1 - score] * 100,
+    }  # fmt: skip
+    (folder / "record.json").write_text(json.dumps(record))
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory) -> str:
+    """What the notebook prints, once for all tests here."""
+    root = tmp_path_factory.mktemp("trial")
+    for name, (part, given, scores) in ARMS.items():
+        for seed, right in enumerate(scores):
+            write(root / "results" / f"trial_sst2{part}" / f"{name}-{seed}", seed, right, **given)
+    for batch_size, right in ((16, 300), (32, 320)):
+        for name in ("lora r=2", "frobenius_share"):
+            write(root / "results/trial_sst2_rates" / f"{name}-{batch_size}", 100, right,
+                  **ARMS[name][1], batch_size=batch_size)  # fmt: skip
+    executed = run_notebook(NOTEBOOK, root / "out", {"results_dir": str(root / "results")})
+    cells = nbformat.read(executed, 4).cells
+    return "".join(o.get("text", "") for cell in cells for o in cell.get("outputs", []))
+
+
+def answer(printed: str, question: str) -> str:
+    (line,) = [line for line in printed.splitlines()[-12:] if line.startswith(question)]
+    return line.removeprefix(question).strip()
+
+
+@pytest.mark.parametrize(
+    "question, begins",
+    [
+        ("is there anything to win?", "yes: +10.00 points ["),
+        ("does the method help?", "not seen: +0.00 points [-"),
+        ("does its score know more than chance?", "yes: +10.00 points ["),
+        ("does the map help without the path?", "yes: +5.00 points ["),
+        ("does it matter where the rank is?", "the opposite: -7.50 points ["),
+        ("does it take a schedule?", "not run yet: make trial TRIAL=sst2"),
+        ("is the score of the answers better?", "not run yet: make trial TRIAL=sst2"),
+    ],
+)
+def test_each_question_gets_the_answer_that_its_records_allow(printed, question, begins):
+    assert answer(printed, question).startswith(begins)
+
+
+def test_the_tuning_is_shown_with_the_spread_between_its_cells(printed):
+    assert "best cell less worst: 5.0 points, of 2 cells" in printed
+
+
+def test_the_maps_of_every_score_are_held_against_permuted_ones_and_the_papers_claims(printed):
+    assert "cells agree more than permuted maps do" in printed
+    for score in ("frobenius_share", "random"):
+        assert f"drlora r=6→2 {score}, 3 maps" in printed
+    assert printed.count("early Wo: more") == 2
