@@ -28,7 +28,7 @@ from drlora_ref.experiments.replicas.many_runs import OWN
 from drlora_ref.experiments.run.checkpoints import CHECKPOINT, runs_in
 from drlora_ref.experiments.run.loop import readable_time
 from drlora_ref.experiments.run.one_run import claim, code_hash
-from drlora_ref.experiments.run.records import PENDING, read_record
+from drlora_ref.experiments.run.records import Pending, read_record
 from drlora_ref.experiments.run.termination import INTERRUPTED, TERMINATED
 
 TO_DO, DONE, OTHER_CODE, FAILED = "to do", "done", "from other code", "failed"
@@ -43,9 +43,9 @@ def state_of(run: PlannedRun, code: str) -> tuple[str, str]:
     if not os.path.lexists(run.folder / "record.json"):
         started = (run.folder / CHECKPOINT).exists()
         return TO_DO, "goes on from its checkpoint" if started else ""
-    if run.work.notebook and (run.folder / PENDING).exists():
-        return TO_DO, "its notebook is not finished"
     try:
+        if run.work.notebook and Pending(run.folder).given():
+            return TO_DO, "its notebook is not finished"
         record = read_record(run.folder)
     except (OSError, ValueError) as error:
         return FAILED, screen(error)
@@ -123,7 +123,7 @@ def _work(runs: list[PlannedRun], start: processes.Start, stale: bool, replicas:
                     done += 1
         except KeyboardInterrupt:
             ended = TERMINATED if terminated else INTERRUPTED
-            word = "SIGTERM" if terminated else "interrupted"
+            word = "SIGTERM, heard by the runs at work too" if terminated else "interrupted"
             print(f"{word}: what has ended is kept, and the same command goes on from here")
     skipped, other = counts[DONE], counts[OTHER_CODE]
     print(f"{done} done, {skipped} skipped, {other} from other code, {len(failures)} failed")

@@ -4,6 +4,7 @@ papermill and Jupyter take three seconds to import, so who may not need this fil
 """
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -27,10 +28,17 @@ from traitlets.config import Config
 from drlora_ref.experiments.given import check_kind, check_known, literal, place, screen
 from drlora_ref.experiments.grids import NotebookError, Value
 from drlora_ref.experiments.run.checkpoints import CHECKPOINT
-from drlora_ref.experiments.run.records import FINISHES, NOTEBOOK, PENDING, check_output_dir
+from drlora_ref.experiments.run.records import (
+    FINISHES,
+    NOTEBOOK,
+    Pending,
+    check_output_dir,
+    whole_file,
+)
 from drlora_ref.experiments.run.termination import Hearing
 
 LOG = "run.log"  # beside the executed notebook: what its cells printed
+logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it logs, it also raises
 
 
 def run_notebook(
@@ -52,15 +60,16 @@ def run_notebook(
     notebook, folder = place(notebook), place(output_dir)
     check_parameters(notebook, {**parameters, "output_dir": str(folder)})
     overwrite, executed = bool(parameters.get("overwrite")), folder / notebook.name
-    asked = json.dumps([notebook.name, parameters], sort_keys=True)
-    pending, record = folder / PENDING, folder / "record.json"
-    finishes = pending.is_file() and pending.read_text() == asked and record.exists()
     _check_free(executed, notebook)
+    asked = [notebook.name, {k: v for k, v in parameters.items() if k != "overwrite"}]
+    pending = Pending(folder)
+    finishes = pending.given() == asked
     check_output_dir(folder, overwrite or finishes)
-    pending.write_text(asked)
+    if not finishes:
+        pending.begin(asked)
     done = "its record is there, the rest is done again" if finishes else "starts"
     print(f"{notebook}: {done}; what it prints is kept in {folder / LOG}", flush=True)
-    variables = {NOTEBOOK: folder} | ({FINISHES: folder} if finishes and not overwrite else {})
+    variables = {NOTEBOOK: folder} | ({FINISHES: folder} if finishes else {})
     with (
         open(folder / LOG, "w" if overwrite and not finishes else "a", encoding="utf-8") as log,
         _in_environment({name: str(path.resolve()) for name, path in variables.items()}),
@@ -68,12 +77,12 @@ def run_notebook(
         try:
             _execute(notebook, executed, {**parameters, "output_dir": str(folder)}, log)
         except BaseException:
-            if not record.exists():
-                pending.unlink()
+            if pending.given() is None:
+                pending.end()
             raise
-    pending.unlink()
-    if record.exists():
+    if pending.given():
         (folder / CHECKPOINT).unlink(missing_ok=True)
+    pending.end()
     return executed
 
 
@@ -104,23 +113,21 @@ def _in_environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 def _execute(notebook: Path, executed: Path, given: dict[str, Value], log: TextIO) -> None:
-    # What is being executed has another name: a copy is there whole, or not.
-    unfinished = executed.with_name(f".{executed.name}")
     # The kernel talks over sockets that are files: nobody on the network can listen, and Jupyter
-    # has nothing to warn of. They need a short path, so they cannot be in the output folder.
-    with tempfile.TemporaryDirectory(prefix="drlora-") as sockets:
-        config = Config(
-            KernelManager={"transport": "ipc", "connection_file": f"{sockets}/kernel.json"}
-        )
+    # has nothing to warn of. They need a short path, so they cannot be in the output folder. The
+    # copy is written beside them until it is whole.
+    with tempfile.TemporaryDirectory(prefix="drlora-") as folder:
+        connection = {"transport": "ipc", "connection_file": f"{folder}/kernel.json"}
+        unfinished = Path(folder, "unfinished.ipynb")
         try:
             _heeding_signals(
-                sockets,
+                folder,
                 input_path=_literally(notebook),
                 output_path=_literally(unfinished),
                 parameters=given,
                 kernel_name="python3",
                 kernel_manager_class=ThisPython,
-                config=config,
+                config=Config(KernelManager=connection),
                 progress_bar=False,  # it would run into the lines that the cells print
                 stdout_file=Tee(sys.stdout, log),
                 stderr_file=Tee(sys.stderr, log),
@@ -130,8 +137,8 @@ def _execute(notebook: Path, executed: Path, given: dict[str, Value], log: TextI
         except DeadKernelError as error:
             raise NotebookError("DeadKernelError", str(error)) from error
         finally:
-            with suppress(OSError, ValueError):  # nothing was written, or the disk is full
-                _without_places(unfinished, executed, given)
+            if unfinished.exists():
+                _keep(unfinished, executed, given)
 
 
 def _literally(path: Path) -> str:
@@ -139,7 +146,7 @@ def _literally(path: Path) -> str:
     return str(path).replace("{", "{{").replace("}", "}}")
 
 
-def _heeding_signals(sockets: str, **given: object) -> None:
+def _heeding_signals(folder: str, **given: object) -> None:
     """papermill.execute_notebook, in a thread: so the signals are for this one to answer.
 
     SIGTERM goes on to the kernel, where a run saves its checkpoint; Ctrl-C ends the kernel.
@@ -149,10 +156,10 @@ def _heeding_signals(sockets: str, **given: object) -> None:
         try:
             while not wait([future], timeout=0.2).done:
                 if hearing.told and not sent:
-                    sent = _tell_kernel(sockets, signal.SIGTERM)
+                    sent = _tell_kernel(folder, signal.SIGTERM)
         except BaseException:
             while not wait([future], timeout=0.2).done:  # the kernel may just be starting
-                _tell_kernel(sockets, signal.SIGKILL)
+                _tell_kernel(folder, signal.SIGKILL)
             raise
         if hearing.told and (problem := future.exception()):
             saved = problem.evalue if isinstance(problem, PapermillExecutionError) else ""
@@ -160,29 +167,29 @@ def _heeding_signals(sockets: str, **given: object) -> None:
         future.result()
 
 
-def _tell_kernel(sockets: str, number: int) -> int:
-    """Send a signal to the kernel that talks over these sockets, if there is one already."""
+def _tell_kernel(folder: str, number: int) -> int:
+    """Send a signal to the kernel whose sockets are in the folder, if there is one already."""
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-            if any(sockets in word for word in process.cmdline()):
+            if any(folder in word for word in process.cmdline()):
                 process.send_signal(number)
                 return 1
     return 0
 
 
-def _without_places(unfinished: Path, executed: Path, given: dict[str, Value]) -> None:
-    """Give the executed copy its name, with the last names in place of absolute paths."""
+def _keep(unfinished: Path, executed: Path, given: dict[str, Value]) -> None:
+    """Write the executed copy, with the last names in place of absolute paths."""
     book = nbformat.read(unfinished, 4)
     book.metadata.papermill.update(input_path=executed.name, output_path=executed.name)
-    paths = {
-        v: Path(v).name for v in given.values() if isinstance(v, str) and Path(v).is_absolute()
-    }
     text = nbformat.writes(book)
-    for path, name in sorted(paths.items(), key=lambda pair: -len(pair[0])):
-        path, name = (json.dumps(word, ensure_ascii=False)[1:-1] for word in (path, name))
-        text = text.replace(path, name)
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, executed)
+    paths = [word for word in given.values() if isinstance(word, str) and Path(word).is_absolute()]
+    for path in sorted(paths, key=len, reverse=True):
+        # As it stands in an output, and as papermill writes it into the cell of parameters.
+        for spelt in (path, path.encode("unicode_escape").decode()):
+            both = (json.dumps(word, ensure_ascii=False)[1:-1] for word in (spelt, Path(path).name))
+            text = text.replace(*both)
+    with whole_file(executed, overwrite=True) as file:
+        file.write(text.encode())
 
 
 class ThisPython(AsyncKernelManager):

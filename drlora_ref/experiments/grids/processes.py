@@ -120,10 +120,10 @@ def _settings(item: WorkItem) -> "Settings":
 
 
 def _is_done(item: WorkItem) -> bool:
-    from drlora_ref.experiments.run.records import PENDING
+    from drlora_ref.experiments.run.records import Pending
 
     done = (item.folder / "record.json").exists() and not item.parameters.get("overwrite")
-    return done and not (item.notebook and (item.folder / PENDING).exists())
+    return done and not (item.notebook and Pending(item.folder).given())
 
 
 def _in_one_line(kind: str, message: str) -> str:

@@ -223,7 +223,7 @@ def write_results(run: ReadyRun, trained: Trained) -> records.Record:
     record = make_record(run, trained)
     if run.accelerator.is_main_process:
         records.check_output_dir(run.folder, run.settings.overwrite)
-        if not run.settings.overwrite and (earlier := records.earlier_record(run.folder)):
+        if earlier := records.earlier_record(run.folder):
             return earlier
         if trained.final and trained.final.predictions:
             written = records.write_predictions(trained.final.predictions, run.folder)
@@ -264,12 +264,7 @@ def _what_went_in(run: ReadyRun) -> dict:
     return {
         "seed": settings.seed,
         "data": records.without_places(run.data.about()),
-        "model": {
-            "source": records.without_place(run.source.source),
-            "sha256": run.source.sha256,
-            "config_sha256": run.source.config_sha256,
-            "tokenizer_sha256": run.source.tokenizer_sha256,
-        },
+        "model": records.without_places(run.source.about()),
         "environment": {
             **records.environment(accelerator.device.type),
             "processes": accelerator.num_processes,

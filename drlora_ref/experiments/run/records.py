@@ -68,7 +68,7 @@ class Record(TypedDict, total=False):
 
 PREDICTIONS = "predictions.npz"
 UNFINISHED = ".unfinished-"  # how the name of a file begins that is still being written
-PENDING = ".notebook"  # in a folder whose notebook has not come to its end: what it was given
+PENDING = ".notebook"  # a file in a folder whose notebook has not come to its end, see Pending
 # Of the process that executes a notebook: its folder, and the folder whose notebook it finishes.
 NOTEBOOK, FINISHES = "DRLORA_NOTEBOOK", "DRLORA_FINISHES"
 TAKEN = "{} holds a record already: pass overwrite=True or take another output_dir"
@@ -92,6 +92,36 @@ def check_output_dir(output_dir: str | Path, overwrite: bool = False) -> Path:
     return folder
 
 
+class Pending:
+    """The file PENDING: what a notebook was given, from its start to its end.
+
+    It also names the record that was there before, which the notebook may have been told to
+    replace: so a record of its own is told from that one.
+    """
+
+    def __init__(self, folder: Path):
+        self.path, self.record = folder / PENDING, folder / "record.json"
+
+    def begin(self, given: list) -> None:
+        """Note what the notebook is given; JSON."""
+        with whole_file(self.path, overwrite=True) as file:
+            file.write(json.dumps({"given": given, "replaces": self._record()}).encode())
+
+    def given(self) -> list | None:
+        """What was given to a notebook that has its record but not its end; else None."""
+        if not self.path.is_file() or not self._record():
+            return None
+        found = read_json(self.path)
+        return found["given"] if found["replaces"] != self._record() else None
+
+    def end(self) -> None:
+        """The notebook has come to its end."""
+        self.path.unlink(missing_ok=True)
+
+    def _record(self) -> str:
+        return hashlib.sha256(self.record.read_bytes()).hexdigest() if self.record.is_file() else ""
+
+
 def is_of(variable: str, folder: Path) -> bool:
     """Whether NOTEBOOK or FINISHES names this folder."""
     return os.environ.get(variable) == str(folder.resolve())
@@ -100,8 +130,7 @@ def is_of(variable: str, folder: Path) -> bool:
 def earlier_record(output_dir: str | Path) -> Record | None:
     """The record of this notebook, if it was killed after it had written that; else None."""
     folder = place(output_dir)
-    finished = is_of(FINISHES, folder) and (folder / "record.json").exists()
-    return cast(Record, read_record(folder)) if finished else None
+    return cast(Record, read_record(folder)) if is_of(FINISHES, folder) else None
 
 
 def write_record(record: dict, output_dir: str | Path, overwrite: bool = False) -> Path:
@@ -114,7 +143,7 @@ def write_record(record: dict, output_dir: str | Path, overwrite: bool = False) 
     _check_json(record, "record")
     text = json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     target = check_output_dir(output_dir, overwrite) / "record.json"
-    if not overwrite and is_of(FINISHES, target.parent) and target.exists():
+    if is_of(FINISHES, target.parent):
         return target
     try:
         with whole_file(target, overwrite) as file:

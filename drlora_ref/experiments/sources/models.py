@@ -68,6 +68,11 @@ class ModelSource:
     config_sha256: str = ""
     tokenizer_sha256: str = ""
 
+    def about(self) -> dict[str, str]:
+        """What a record says of its model."""
+        names = ("source", "sha256", "config_sha256", "tokenizer_sha256")
+        return {name: getattr(self, name) for name in names}
+
 
 def resolve_model(name: str) -> ModelSource:
     """Find a model: "minilm-l6", "tiny-roberta", "tiny-bart", a local folder, a name on the hub.
