@@ -173,7 +173,8 @@ def parse_json(text: str, where: str) -> Any:
     except RecursionError:
         raise ValueError(f"{where}: brackets within brackets, too many for a JSON file") from None
     except ValueError as error:
-        raise ValueError(f"{where}: not JSON ({screen(error)})") from None
+        reason = f"{type(error).__name__}: {screen(error)}"
+        raise ValueError(f"{where}: not JSON ({reason})") from None
 
 
 def read_json(file: str | Path) -> Any:

@@ -19,7 +19,6 @@ does otherwise than ours (paper.authors). `cost` says what to expect, `slurm` wh
 of a cluster.
 """
 
-import functools
 import itertools
 import math
 import os
@@ -30,14 +29,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TypedDict
 
-from torch import nn
-
 from drlora_ref.experiments.given import check_known, check_name, place, read_yaml, shown
 from drlora_ref.experiments.grids import Value, processes
-from drlora_ref.experiments.methods.rank_maps import lora_ranks
 from drlora_ref.experiments.replicas.many_runs import can_be_replica, shared_settings
 from drlora_ref.experiments.results import paper, summaries
-from drlora_ref.experiments.run.rank_maps import RankMap, find_rank_map, sha256_of
+from drlora_ref.experiments.run.rank_maps import find_rank_map, sha256_of
 from drlora_ref.experiments.run.settings import PLACES, Settings, run_key
 from drlora_ref.experiments.sources.models import ModelSource, resolve_model
 from drlora_ref.experiments.tasks.data import check_sizes
@@ -200,10 +196,8 @@ def plan(grid: Grid, out: Path) -> list[PlannedRun]:
     for (label, _), one in zip(sets, settings, strict=True):
         fingerprint, rows = data[one.task, one.data_dir]
         model = models[one.model_name]
-        rank_map = find_rank_map(one, model.sha256)
-        if rank_map:
-            _check_rank_map(label, one, model, rank_map)
-        key = run_key(one, fingerprint, model.sha256, sha256_of(rank_map))
+        rank_map = sha256_of(find_rank_map(one, model.sha256))
+        key = run_key(one, fingerprint, model.sha256, rank_map)
         if key in runs:
             raise ValueError(f"{runs[key].label} and {label} are the same run")
         folder = there.get(key, out / f"{label}-{key}")  # labels may change
@@ -213,19 +207,6 @@ def plan(grid: Grid, out: Path) -> list[PlannedRun]:
         shared = (steps, *shared_settings(one).items()) if can_be_replica(one) else None
         runs[key] = PlannedRun(label, key, steps, work, shared, model)
     return list(runs.values())
-
-
-@functools.lru_cache(maxsize=1)
-def _model_of(task: str, source: ModelSource) -> nn.Module:
-    return FAMILIES[task].load_model(source, task)[0]
-
-
-def _check_rank_map(label: str, one: Settings, source: ModelSource, rank_map: RankMap) -> None:
-    try:
-        given = rank_map.ranks, one.permute_map, one.target_r, one.lora_alpha
-        lora_ranks(_model_of(one.task, source), *given)
-    except ValueError as error:
-        raise ValueError(f"{label}: {error}") from None
 
 
 def _taken(notebook: Path | None, sets: list[Parameters]) -> set[str]:

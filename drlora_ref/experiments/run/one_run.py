@@ -26,7 +26,7 @@ from drlora_ref.experiments.run.loop import Loop, Trained
 from drlora_ref.experiments.run.order import make_order
 from drlora_ref.experiments.run.rank_maps import RankMap, find_rank_map, sha256_of
 from drlora_ref.experiments.run.settings import NOT_IN_KEY, PRECISIONS, Settings, run_key
-from drlora_ref.experiments.sources.models import ModelSource, resolve_model
+from drlora_ref.experiments.sources.models import ModelSource, check_together, resolve_model
 from drlora_ref.experiments.tasks.data import Inputs, TaskData
 from drlora_ref.experiments.tasks.families import FAMILIES
 from drlora_ref.schedule import BudgetSchedule
@@ -107,6 +107,7 @@ def set_up(settings: Settings, like: ReadyRun | None = None, may_be_done: bool =
         accelerator.print(data.warning(), flush=True)
     set_seed(settings.seed)
     model, tokenizer = family.load_model(source, settings.task)
+    check_together(source, model, tokenizer)
     if inputs is None:
         options = {name: getattr(settings, name) for name in family.OPTIONS}
         inputs = family.make_inputs(data, tokenizer, **options)

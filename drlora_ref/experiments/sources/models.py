@@ -187,13 +187,6 @@ def load_pretrained(
     missing = {key for key in report["missing_keys"] if not in_head(key)}
     if lost := sorted(missing | {key for key, *_ in report["mismatched_keys"]}):
         raise ValueError(f"{source.source}: weights missing or of another shape: {screen(lost)}")
-    _check_parts(source, model, tokenizer)
-    return model, tokenizer
-
-
-def _check_parts(
-    source: ModelSource, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             raise ValueError(f"{source.source}: {name} holds NaN or infinity: the file is damaged")
@@ -201,11 +194,22 @@ def _check_parts(
         raise ValueError(f"{source.source}: the tokenizer has no padding token")
     if not isinstance(tokenizer.model_max_length, int | float):
         raise ValueError(f"{source.source}: model_max_length of the tokenizer must be a number")
+    return model, tokenizer
+
+
+def check_together(
+    source: ModelSource, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise ValueError unless the model reads what the tokenizer writes.
+
+    A token without an embedding would show in the middle of training, and so would an entry of
+    config.json that is read in use only. No random number is drawn.
+    """
     embeddings = cast(nn.Embedding, model.get_input_embeddings())
     highest, rows = max(tokenizer.get_vocab().values()), embeddings.num_embeddings
     if highest >= rows:
         raise ValueError(f"{source.source}: token {highest} has no embedding, there are {rows}")
-    with torch.no_grad(), _in_one_line(source, "config.json"):  # some of it is read in use only
+    with torch.no_grad(), _in_one_line(source, "config.json"):
         model.base_model(**tokenizer("a", return_tensors="pt"))
 
 

@@ -26,17 +26,24 @@ def check_positive(**settings: int) -> None:
             raise ValueError(f"{name} = {value}: must be at least 1")
 
 
-def check_lengths(tokenizer: PreTrainedTokenizerBase, texts: int = 1, **lengths: int) -> None:
-    """Raise ValueError, naming it, for a length that the model cannot read, or of no text.
-
-    Beside the special tokens there must be room for one token of each of the `texts`, 1 or 2.
-    """
-    special = tokenizer.num_special_tokens_to_add(pair=texts == 2)
+def check_lengths(tokenizer: PreTrainedTokenizerBase, **lengths: int) -> None:
+    """Raise ValueError, naming it, for a length below 1 or above what the model can read."""
     for name, length in lengths.items():
         if not 0 < length <= tokenizer.model_max_length:
             raise ValueError(f"{name} = {length}: must be 1 to {tokenizer.model_max_length}")
-        if length < (least := special + texts):
-            raise ValueError(f"{name} = {length}: must be {least} or more: {special} are special")
+
+
+def check_room(tokenizer: PreTrainedTokenizerBase, texts: int, **lengths: int) -> None:
+    """check_lengths, and ValueError for a length that leaves no token for each of so many texts."""
+    check_lengths(tokenizer, **lengths)
+    for name, length in lengths.items():
+        empty = tokenizer(*[[""]] * texts, truncation=False, max_length=length)
+        special = len(empty["input_ids"][0])
+        if length < special + texts:
+            raise ValueError(
+                f"{name} = {length}: must be {special + texts} or more, since {special} tokens are "
+                "special ones"
+            )
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from drlora_ref.experiments.sources.models import ModelSource, load_pretrained
 from drlora_ref.experiments.tasks.data import Collate, Inputs, TaskData, find_splits, task_data
 from drlora_ref.experiments.tasks.evaluation import (
     SAME,
-    check_lengths,
+    check_room,
     evaluate_labels,
     label_inputs,
 )
@@ -209,9 +209,9 @@ def encode(
 ) -> Dataset:
     """Token ids of one or two text columns, cut to `max_length` and not padded, plus "labels".
 
-    Raises ValueError for a `max_length` as check_lengths does.
+    Raises ValueError for a `max_length` as check_room does.
     """
-    check_lengths(tokenizer, texts=len(get_task(task).columns), max_length=max_length)
+    check_room(tokenizer, len(get_task(task).columns), max_length=max_length)
     parts = []
     for rows in dataset.iter(10_000):  # all of MNLI at once would take 4 GB
         text = [rows[name] for name in get_task(task).columns]

@@ -103,9 +103,8 @@ def _from_folder(task: str, folder: str) -> tuple[dict[str, Dataset], str]:
 
 
 def _read(path: Path, task: str) -> Dataset:
-    content = read_json(path)
     try:
-        articles = content["data"]
+        articles = read_json(path)["data"]
         rows = [
             {
                 "id": qa["id"],
@@ -122,7 +121,7 @@ def _read(path: Path, task: str) -> Dataset:
         dataset = Dataset.from_dict(columns, features=COLUMNS)
     except KeyError as error:
         raise ValueError(f"{path} lacks a key {error}; SQuAD's files hold {LAYOUT}") from None
-    except (ValueError, TypeError, OverflowError) as error:  # other kinds of values
+    except (ValueError, TypeError, OverflowError) as error:  # no JSON, or other kinds of values
         raise ValueError(f"{path}: not in SQuAD's format, {LAYOUT} ({screen(error)})") from None
     if not rows:
         raise ValueError(f"{path} holds no question")

@@ -32,8 +32,8 @@ from drlora_ref.experiments.tasks.data import (
 )
 from drlora_ref.experiments.tasks.evaluation import (
     batches_by_length,
-    check_lengths,
     check_positive,
+    check_room,
     evaluation_mode,
     final_texts,
 )
@@ -96,8 +96,9 @@ def _from_folder(task: str, folder: str) -> tuple[dict[str, Dataset], str]:
     held = {path.stem for path in (root / ARTICLES).glob("*.summary")}
     wanted = [*ids["train"], *ids["validation"]]
     if missing := [f"{article}.summary" for article in wanted if article not in held]:
+        named = ", ".join(missing[:3])
         found = f"{len(missing)} of the {len(wanted)} articles in {SPLIT_FILE}"
-        raise FileNotFoundError(f"{root / ARTICLES} lacks {found}: {shown(missing)}")
+        raise FileNotFoundError(f"{root / ARTICLES} lacks {found}: {screen(named)} ...")
     splits = {}
     for split, articles in ids.items():
         rows = [_read_article(root / ARTICLES / f"{article}.summary") for article in articles]
@@ -220,9 +221,9 @@ def encode(
     """Token ids of the documents ("input_ids") and summaries ("labels"), each cut to its length.
 
     The model itself makes the decoder's input, by shifting the labels one place to the right.
-    Raises ValueError for a length as check_lengths does.
+    Raises ValueError for a length as check_room does.
     """
-    check_lengths(tokenizer, max_length=max_length, summary_length=summary_length)
+    check_room(tokenizer, 1, max_length=max_length, summary_length=summary_length)
     parts = []
     for rows in dataset.iter(10_000):
         document = tokenizer(rows["document"], truncation=True, max_length=max_length)
