@@ -266,7 +266,8 @@ def wait_for(condition, process=None, seconds=120):
 
 
 def kernels() -> list[int]:
-    return [int(path.read_text() or 0) for path in Path("runs/grid").glob("*/kernel")]
+    found = [path.read_text() for path in Path("runs/grid").glob("*/kernel")]
+    return [int(pid) for pid in found if pid]  # a file that is being written is empty first
 
 
 def gone(pid: int) -> bool:
