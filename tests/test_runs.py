@@ -7,6 +7,7 @@ import nbformat
 import papermill
 import pytest
 import yaml
+from solved import are_solved, write_in_place
 from tiny_runs import COSTS
 
 from drlora_ref.experiments.__main__ import main
@@ -14,7 +15,6 @@ from drlora_ref.experiments.grids.notebooks import run_notebook
 from drlora_ref.experiments.run.records import read_record
 from drlora_ref.experiments.run.settings import Settings
 from drlora_ref.experiments.tasks.families import FAMILIES
-from solved import are_solved, write_in_place
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SETTINGS = NOTEBOOKS / "settings"

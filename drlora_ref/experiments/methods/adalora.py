@@ -32,9 +32,9 @@ class AdaLoRAAllocator:
     optimizer.step() and *before* zero_grad(). The curve is AdaLoRA's own, whatever schedule.curve
     says. And PEFT drops every score up to the k-th smallest: ties cost more than the budget says.
 
-    Raises ValueError if steps are left out, and at t_end if other than target_r components per
-    layer are left: ties, or a PEFT configuration with another total_step than the schedule's.
-    Raises Diverged at a pruning step of the schedule if a score is NaN or infinite.
+    Raises ValueError if steps are left out; Diverged, at a pruning step of the schedule, if a score
+    is NaN or infinite, and at t_end if other than target_r components per layer are left: ties, or
+    a PEFT configuration with another total_step than the schedule's.
     """
 
     def __init__(self, model: PeftModel, schedule: BudgetSchedule):
@@ -60,7 +60,7 @@ class AdaLoRAAllocator:
         if self.schedule.prunes_at(global_step) and not all(s.isfinite().all() for s in scores):
             raise Diverged("AdaLoRA's scores are NaN or infinite: training diverged")
         if global_step == self.schedule.t_end and left != due:
-            raise ValueError(
+            raise Diverged(
                 f"AdaLoRA ends with {left} components, the budget is {due}: scores were tied (a "
                 "collapsed run?), or PEFT's total_step, tinit, tfinal are not the schedule's"
             )
