@@ -12,14 +12,12 @@ On several devices: accelerate launch -m drlora_ref.experiments run ...
 
 import argparse
 import os
-import signal
 import sys
-import threading
 from dataclasses import fields
 
 from drlora_ref.experiments.given import check_known, literal, read_yaml, screen
 from drlora_ref.experiments.grids import NotebookError
-from drlora_ref.experiments.run.termination import INTERRUPTED, TERMINATED, Terminated
+from drlora_ref.experiments.run.termination import INTERRUPTED, TERMINATED, Terminated, heard
 
 # What runs is imported where it is used: Ctrl-C meanwhile is one line, too.
 
@@ -29,12 +27,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     It is 0; 1 with one line on standard error; INTERRUPTED after Ctrl-C, TERMINATED after SIGTERM.
     """
-    # A script's background commands ignore Ctrl-C from their start, and Python leaves it so.
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        given = _parser().parse_args(arguments)
-        return given.do(given)
+        with heard():
+            given = _parser().parse_args(arguments)
+            return given.do(given)
     except KeyboardInterrupt:
         return _complain(
             "interrupted", "the same command goes on from the last checkpoint", INTERRUPTED

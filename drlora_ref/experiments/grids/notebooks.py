@@ -198,7 +198,8 @@ class ThisPython(AsyncKernelManager):
     @property
     def kernel_spec(self) -> KernelSpec:
         """What to start, where the name of the kernel would have decided it."""
-        return KernelSpec(**get_kernel_dict())
+        # A kernel that is interrupted on its way out would log that as an error.
+        return KernelSpec(**get_kernel_dict(["--log-level=CRITICAL"]))
 
 
 class Tee:

@@ -109,6 +109,11 @@ class Loop:
 
     def run(self) -> list[Trained]:
         """Train to the end; returns what became of each run. Raises Terminated after SIGTERM."""
+        with Hearing() as hearing:
+            self._train(hearing)
+        return [self._trained(i, final) for i, final in enumerate(self._final())]
+
+    def _train(self, hearing: Hearing) -> None:
         if self.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self._resume()
@@ -118,7 +123,7 @@ class Loop:
         self.began, T = time.perf_counter() - self.seconds, self.schedule.total_steps
         groups = self.order.groups()
         bar = tqdm(total=T, initial=self.step, disable=None, desc="steps")  # only on a terminal
-        with bar, Hearing() as hearing:
+        with bar:
             while self.step < T and any(self.live):
                 if self._take_step(next(groups), hearing) and self.step < T and any(self.live):
                     hearing.answer(
@@ -126,7 +131,6 @@ class Loop:
                         "same command goes on from there"
                     )
                 bar.update()
-        return [self._trained(i, final) for i, final in enumerate(self._final())]
 
     def _take_step(self, group: list[Numbers], hearing: Hearing) -> bool:
         """A step and all that is due after it; returns whether the process was told to end."""

@@ -2,6 +2,8 @@
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # exit statuses
@@ -9,6 +11,28 @@ INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # exit stat
 
 class Terminated(Exception):
     """SIGTERM came. The message says what has been kept."""
+
+
+def end(number: int, frame: FrameType | None) -> None:
+    """The command line's handler of SIGTERM, while no run listens; raises Terminated."""
+    raise Terminated("SIGTERM: the same command goes on from the last checkpoint")
+
+
+@contextmanager
+def heard() -> Iterator[None]:
+    """Within it Ctrl-C raises KeyboardInterrupt, and SIGTERM Terminated."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # A script's background commands ignore Ctrl-C from their start, and Python leaves it so.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.getsignal(signal.SIGTERM)
+    if before == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Hearing:
@@ -45,7 +69,7 @@ class Hearing:
         """
         number, self.told = self.told, 0
         handler = self.before[number]
-        if not callable(handler):
+        if not callable(handler) or handler is end:
             raise Terminated(kept)
         print(kept, flush=True)
         handler(number, None)
