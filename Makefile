@@ -28,8 +28,8 @@ EACH_CORE := -n auto --maxprocesses 8
 test: export OMP_NUM_THREADS = 1
 test: $(READY)
 	$(BIN)/python -m pytest -q $(EACH_CORE) --dist worksteal
-	$(BIN)/python tests/solved.py solved
-	$(BIN)/python -m pytest -q $(EACH_CORE) --dist loadfile --nbval-lax --nbval-current-env solved
+	$(BIN)/python tests/solved.py solved_notebooks
+	$(BIN)/python -m pytest -q $(EACH_CORE) --dist loadfile --nbval-lax --nbval-current-env solved_notebooks
 
 # For whoever edits the paper's files: their tests and doctests, in under half a minute.
 quick: export OMP_NUM_THREADS = 1
@@ -63,7 +63,8 @@ TRIAL := sst2 cola grammar
 trial: export OMP_NUM_THREADS = 1
 trial: $(READY)
 	for task in $(TRIAL); do \
-	  for part in _rates:_rates _arms:_rates _answers:_answers : _maps:_maps; do \
+	  for part in _rates:_rates _length:_length _arms:_rates _answers:_answers : _maps:_maps; do \
+	    test -e notebooks/grids/trial_$$task$${part%%:*}.yaml || continue; \
 	    nice -n 19 $(BIN)/python -m drlora_ref.experiments grid \
 	      notebooks/grids/trial_$$task$${part%%:*}.yaml \
 	      --out results/trial_$$task$${part##*:} || exit 1; \
@@ -81,4 +82,4 @@ $(READY): pyproject.toml
 	touch $(READY)
 
 clean:
-	rm -rf .venv runs notebooks/runs solved
+	rm -rf .venv runs notebooks/runs solved_notebooks

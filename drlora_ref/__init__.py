@@ -33,7 +33,7 @@ from drlora_ref.importance import (  # Eq. 7-8
     update_norm,
 )
 from drlora_ref.schedule import BudgetSchedule  # Eq. 9
-from drlora_ref.regularizer import dem_loss, dem_penalty  # Eq. 10
+from drlora_ref.regularizer import PENALTIES, dem_loss, dem_penalty, penalty_loss  # Eq. 10
 from drlora_ref.watch import ZWatch  # for scores of answers; not in the paper
 from drlora_ref.allocator import RankAllocator, select_components  # Algorithm 1
 from drlora_ref.inject import (
@@ -48,6 +48,7 @@ from drlora_ref.inject import (
 
 __version__ = "0.1.0"
 __all__ = [
+    "PENALTIES",
     "SCORES",
     "BudgetSchedule",
     "DynamicLoRALinear",
@@ -67,6 +68,7 @@ __all__ = [
     "mark_only_adapters_trainable",
     "merge_adapters",
     "output_norms",
+    "penalty_loss",
     "select_components",
     "update_norm",
 ]

@@ -135,8 +135,10 @@ class RankAllocator:
     over the last step's rows, or the gradient of c; then step(t) belongs before zero_grad(). The
     layers are watched for z_square until pruning has ended, by `watch` if the caller has one;
     layers given by name have no model, so `allocator.watch.follow(model)` must say where padding
-    is read. Raises ValueError for a model without adapted layers or with another number of
-    components than the schedule starts from, for an unknown score, and for beta outside [0, 1).
+    is read. With `uniform` every layer keeps the same number of components, its own best: a control
+    that prunes and distributes nothing. Raises ValueError for a model without adapted layers or
+    with another number of components than the schedule starts from, for an unknown score, and for
+    beta outside [0, 1).
 
     Read with care: once pruning has ended, zeros must be written again after every optimizer step.
     The gradient of a c at zero is not zero, and AdamW also remembers past gradients: either moves
@@ -160,8 +162,10 @@ class RankAllocator:
         score: str | Callable = "frobenius_share",
         seed: int = 0,
         watch: ZWatch | None = None,
+        uniform: bool = False,
     ):
         self.layers, self.schedule, self.beta = dynamic_layers(model), schedule, beta
+        self.uniform = uniform
         if not self.layers:
             raise ValueError("the model has no DynamicLoRALinear: call inject_adapters first")
         check_scoring(score, beta)
@@ -215,8 +219,9 @@ class RankAllocator:
         scores = self.scores()
         self.ema = ema_update(self.ema.to(scores), scores, self.beta)
         if self.schedule.prunes_at(global_step):
-            keep = self.schedule.keep_count(global_step, self.ema.numel())
-            self._set_mask(select_components(self.ema, keep))
+            scores = self.ema.view(len(self.layers), -1) if self.uniform else self.ema
+            keep = self.schedule.keep_count(global_step, scores.shape[-1])
+            self._set_mask(select_components(scores, keep).flatten())
             zero_pruned(self.layers)
 
     def _set_mask(self, mask: Tensor) -> None:
@@ -239,6 +244,7 @@ class RankAllocator:
             "schedule": asdict(self.schedule),
             "beta": self.beta,
             "score": self.score_name,
+            "uniform": self.uniform,
         }
 
     def state_dict(self) -> dict:
@@ -257,7 +263,7 @@ class RankAllocator:
         Raises ValueError if the state belongs to other layers, or another schedule, beta or score.
         """
         for name, here in self._configuration().items():
-            there = state["configuration"][name]
+            there = state["configuration"].get(name, False)  # before it had a name: not uniform
             if there != here:
                 raise ValueError(f"the saved state is of another {name}: {there}, here {here}")
         self.ema = state["ema"].clone()

@@ -1,5 +1,8 @@
 """Eq. 10: the Dimensional Equilibrium Modulator (DEM), which keeps a component's elements even."""
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
 
 from drlora_ref.layer import RankOneComponents, dynamic_layers, stack_by_shape
@@ -32,24 +35,105 @@ def dem_penalty(lora_A: Tensor, lora_B: Tensor) -> Tensor:
     return (lora_A.var(dim=-1) + lora_B.var(dim=-2)).mean(dim=-1)
 
 
+def l1_penalty(lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    """Mean size of an element of aᵢ plus that of bᵢ, over the components of one layer.
+
+    A rival of DEM that the paper did not try. Shapes: as dem_penalty.
+
+    >>> import torch
+    >>> l1_penalty(torch.tensor([[2.0, 0, 0, 0]]), torch.ones(4, 1))  # 0.5 + 1
+    tensor(1.5000)
+    """
+    return (lora_A.abs().mean(dim=-1) + lora_B.abs().mean(dim=-2)).mean(dim=-1)
+
+
+def l2_penalty(lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    """Mean square of an element of aᵢ plus that of bᵢ: DEM, had each vector a mean of zero.
+
+    A rival of DEM that the paper did not try. Shapes: as dem_penalty.
+
+    >>> import torch
+    >>> l2_penalty(torch.tensor([[2.0, 0, 0, 0]]), torch.ones(4, 1))  # 4 / 4 + 1
+    tensor(2.)
+    """
+    return (lora_A.square().mean(dim=-1) + lora_B.square().mean(dim=-2)).mean(dim=-1)
+
+
+def spectral_penalty(lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    """The part of l2_penalty that belongs to the strongest direction of each matrix.
+
+        σ₁(lora_A)² / (r · d_in) + σ₁(lora_B)² / (r · d_out)
+
+    L2 sums the squares of *all* singular values (‖A‖_F² = Σⱼ σⱼ²), this takes the largest alone
+    (Yoshida and Miyato, 1705.10941). A rival of DEM that the paper did not try. The σ₁² is the
+    largest eigenvalue of an r × r Gram matrix, several times faster than a decomposition of A.
+
+    Shapes: as dem_penalty.
+
+    >>> import torch
+    >>> spectral_penalty(torch.diag(torch.tensor([2.0, 1.0])), torch.eye(2))  # 4 / 4 + 1 / 4
+    tensor(1.2500)
+    """
+    of_A, of_B = lora_A @ lora_A.mT, lora_B.mT @ lora_B  # (..., r, r)
+    largest = torch.linalg.eigvalsh(torch.stack([of_A, of_B]))[..., -1]  # (2, ...)
+    return (largest[0] / lora_A.shape[-1] + largest[1] / lora_B.shape[-2]) / lora_A.shape[-2]
+
+
+# Eq. 10 and its rivals, by the names that `penalty` takes.
+PENALTIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "dem": dem_penalty,
+    "l1": l1_penalty,
+    "l2": l2_penalty,
+    "spectral": spectral_penalty,
+}
+
+
+def penalty_loss(
+    model: nn.Module | dict[str, RankOneComponents], penalty: str | Callable = "dem"
+) -> Tensor:
+    """A penalty over all components of all layers, a scalar with gradient: add dem_weight times it.
+
+    `model`, or its adapted layers by name; `penalty` a name in PENALTIES or a function like
+    dem_penalty. Layers of one shape share one call. Raises ValueError if the model has no adapted
+    layer, or for an unknown name.
+
+    Choice: pruned components count too (the authors' code as well): they train on and may return.
+
+    >>> from drlora_ref.layer import DynamicLoRALinear
+    >>> layer = DynamicLoRALinear(nn.Linear(8, 8), r=2)
+    >>> bool(penalty_loss(nn.Sequential(layer), "l2") == l2_penalty(layer.lora_A, layer.lora_B))
+    True
+    """
+    of_layer = penalty_function(penalty)
+    layers = list(dynamic_layers(model).values())
+    if not layers:
+        raise ValueError("the model has no DynamicLoRALinear: call inject_adapters first")
+    total: Tensor = sum(  # type: ignore[assignment]  # the int 0 only if there were no layer
+        of_layer(A, B).sum() * A.shape[-2]  # the mean over a layer's r components, times r
+        for _, (A, B, _) in stack_by_shape(layers)
+    )
+    return total / sum(layer.lora_c.numel() for layer in layers)
+
+
+def penalty_function(penalty: str | Callable) -> Callable[[Tensor, Tensor], Tensor]:
+    """The penalty of this name; a function is itself. Raises ValueError for an unknown name.
+
+    >>> penalty_function("dem") is dem_penalty
+    True
+    """
+    if isinstance(penalty, str) and penalty not in PENALTIES:
+        raise ValueError(f"penalty = {penalty!r}: must be one of {', '.join(PENALTIES)}")
+    return PENALTIES[penalty] if isinstance(penalty, str) else penalty
+
+
 def dem_loss(model: nn.Module | dict[str, RankOneComponents]) -> Tensor:
     """R over all components of all layers (Eq. 10), a scalar with gradient: add dem_weight · R.
 
-    `model`, or its adapted layers by name. Layers of one shape share one call. Raises ValueError
-    if the model has no adapted layer.
-
-    Choice: pruned components count too (the authors' code as well): they train on and may return.
+    As penalty_loss with "dem".
 
     >>> from drlora_ref.layer import DynamicLoRALinear
     >>> layer = DynamicLoRALinear(nn.Linear(8, 8), r=2)
     >>> bool(dem_loss(nn.Sequential(layer)) == dem_penalty(layer.lora_A, layer.lora_B))
     True
     """
-    layers = list(dynamic_layers(model).values())
-    if not layers:
-        raise ValueError("the model has no DynamicLoRALinear: call inject_adapters first")
-    total: Tensor = sum(  # type: ignore[assignment]  # the int 0 only if there were no layer
-        dem_penalty(A, B).sum() * A.shape[-2]  # the mean over a layer's r components, times r
-        for _, (A, B, _) in stack_by_shape(layers)
-    )
-    return total / sum(layer.lora_c.numel() for layer in layers)
+    return penalty_loss(model, "dem")

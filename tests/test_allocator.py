@@ -240,3 +240,29 @@ def test_impossible_allocators_are_refused(given, message):
 def test_a_step_left_out_is_refused(step):
     with pytest.raises(ValueError, match=rf"step\({step}\) after step 0: call it once after every"):
         RankAllocator(layers_of_two_shapes(), SCHEDULE).step(step)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_uniform_keeps_the_same_number_in_every_layer_its_own_best(score):
+    model = layers_of_two_shapes()
+    allocator = RankAllocator(model, SCHEDULE, score=score, uniform=True)
+    _, one_step, _ = training(model)
+    for step in range(1, SCHEDULE.t_end + 1):
+        one_step()
+        allocator.step(step)
+        ranks = set(allocator.rank_pattern().values())
+        assert len(ranks) == 1
+    assert ranks == {2}
+    worst = allocator.ema.view(4, 3).argmin(dim=1)
+    assert (~allocator.mask).nonzero().flatten().tolist() == [
+        3 * i + w for i, w in enumerate(worst)
+    ]
+
+
+def test_a_state_from_before_uniform_had_a_name_is_that_of_one_budget():
+    model = layers_of_two_shapes()
+    state = RankAllocator(model, SCHEDULE).state_dict()
+    del state["configuration"]["uniform"]
+    RankAllocator(model, SCHEDULE).load_state_dict(state)
+    with pytest.raises(ValueError, match="another uniform: False, here True"):
+        RankAllocator(model, SCHEDULE, uniform=True).load_state_dict(state)

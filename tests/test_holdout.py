@@ -166,6 +166,6 @@ def test_every_family_evaluates_the_rows_held_out(task, tmp_path):
 def test_newer_parameters_at_their_defaults_leave_a_key_as_it_was():
     plain = Settings(task="cola", method="lora")
     assert run_key(plain, "d", "m") == run_key(plain, "d", "m", "")
-    others = [dict(holdout=5), dict(tfinal=0.4), dict(tinit=0.1), dict(seed=1)]
+    others = [dict(holdout=5), dict(tfinal=0.4), dict(tinit=0.1), dict(penalty="l2"), dict(seed=1)]
     keys = {run_key(Settings(task="cola", method="lora", **o), "d", "m") for o in others}
-    assert len(keys | {run_key(plain, "d", "m"), run_key(plain, "d", "m", "map")}) == 6
+    assert len(keys | {run_key(plain, "d", "m"), run_key(plain, "d", "m", "map")}) == 7

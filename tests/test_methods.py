@@ -20,7 +20,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from drlora_ref import BudgetSchedule, dem_loss, dynamic_layers
+from drlora_ref import BudgetSchedule, dem_loss, dynamic_layers, penalty_loss
 from drlora_ref.experiments.methods import METHODS, Prepared, count_trainable, prepare, rank_pattern
 from drlora_ref.experiments.methods.bottleneck import BottleneckAdapter, insert_adapters
 from drlora_ref.experiments.sources.models import load_pretrained, resolve_model
@@ -184,6 +184,13 @@ def test_dem_is_the_loss_term_of_the_dynamic_method_until_pruning_has_ended():
     assert prepare("lora", fresh(), SCHEDULE, dem_weight=0.3).loss_term is None
 
 
+def test_another_penalty_takes_dems_place_under_the_same_weight():
+    prepared = prepare("drlora", fresh(), SCHEDULE, dem_weight=0.3, penalty="l1")
+    expected = 0.3 * penalty_loss(prepared.model, "l1")
+    torch.testing.assert_close(prepared.loss_term(1), expected)
+    assert expected != 0.3 * dem_loss(prepared.model)
+
+
 def test_the_settings_reach_the_layers():
     given = dict(lora_alpha=6, lora_dropout=0.25)
     for method in WITH_RANKS:
@@ -203,6 +210,7 @@ def test_the_settings_reach_the_layers():
         ("dora", {}, "unknown method 'dora' \\(nearest: drlora\\): use drlora, lora, .*, dora-wd"),
         ("drlora", {"dem_weight": -1.0}, "dem_weight = -1.0: must be 0"),
         ("drlora", {"score": "norm"}, "score = 'norm': must be one of"),
+        ("drlora", {"penalty": "l3"}, "penalty = 'l3': must be one of"),
     ],
 )
 def test_what_cannot_be_is_named(method, given, message):

@@ -14,6 +14,7 @@ import nbformat
 import papermill
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
+
 from solved import NBVAL, NOTEBOOKS, OTHERS, ROOT, are_solved, solutions, tags, write_in_place
 
 OPENING = ["# ", "**One question:**", "**You will**", "**Needs:**", "**Runs on**", "**Checked by**"]

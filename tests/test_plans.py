@@ -293,6 +293,10 @@ def speed(run) -> float:
 
 
 COUNTS = {
+    "check_1_uniform_random_informed": 5 * 4 * 5,
+    "check_2_gradient_norms": 2 * 5 * 2 * 5,
+    "check_3_budgets": 4 * 4 * 5,
+    "question_3_penalties": 13 * 2 * 5,
     "figure_2": 4 * 3,
     "smoke_cola": 2 * 2,
     "table_2": 12 * 8 * 5,
@@ -304,6 +308,7 @@ COUNTS = {
     "table_5": 9 * 5,
     "table_6": 5 * 3 * 5,
     "table_9": 7 * 3,
+    "trial_sst2_length": 2 * 2 * 2,
 }
 for _task in ("sst2", "cola", "grammar"):
     COUNTS |= {

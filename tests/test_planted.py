@@ -1,11 +1,14 @@
 """Problems with a known answer."""
 
+import importlib.util
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from drlora_ref import SCORES, ZWatch, dynamic_layers, planted
+from drlora_ref import PENALTIES, SCORES, ZWatch, dynamic_layers, penalty_loss, planted
 
 SMALL = dict(dim=16, init_r=6, target_r=2, total_steps=600)
 
@@ -77,10 +80,11 @@ def test_a_constant_list_correlates_with_nothing():
     assert math.isnan(planted.rank_correlation([1, 2, 3], [4, 4, 4]))
 
 
-ONES = dict(input_scales=[1.0] * 3, loss_weights=[1.0] * 3, stretch=0.0)
+ONES = dict(input_scales=[1.0] * 3, loss_weights=[1.0] * 3, stretch=0.0, strengths=[1.0] * 3,
+            penalty="l2", penalty_weight=0.0, uniform=False, learning_rate=0.01)  # fmt: skip
 
 
-def test_scales_and_weights_of_one_change_no_bit():
+def test_what_is_given_as_it_is_by_default_changes_no_bit():
     assert planted.recover([0, 1, 4], **SMALL) == planted.recover([0, 1, 4], **SMALL, **ONES)
 
 
@@ -143,9 +147,120 @@ def test_a_score_may_be_a_function():
         (dict(planted_ranks=[1, 1], loss_weights=[0.0, 0.0]), "loss_weights = .*one above 0"),
         (dict(planted_ranks=[1], loss_weights=[float("nan")]), "loss_weights"),
         (dict(planted_ranks=[1], stretch=-1.0), "stretch = -1.0: decades"),
+        (dict(planted_ranks=[1], strengths=[1.0, 1.0]), "strengths = .*must be 1 numbers"),
+        (dict(planted_ranks=[1], strengths=[0.0]), r"strengths = \[0.0\]: each must be above"),
+        (dict(planted_ranks=[1], penalty="l3"), "penalty = 'l3': must be one of dem, l1"),
+        (dict(planted_ranks=[1], penalty_weight=-1.0), "penalty_weight = -1.0: must be 0"),
+        (dict(planted_ranks=[1], penalty_weight=math.nan), "penalty_weight = nan"),
+        (dict(planted_ranks=[1], learning_rate=0.0), "learning_rate = 0.0: must be above 0"),
         (dict(planted_ranks=[1], score="norm"), "score = 'norm': must be one of"),
     ],
 )
 def test_impossible_problems_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
         planted.recover(**given)
+
+
+def test_the_gradient_norms_are_those_of_the_whole_loss_at_every_step():
+    """The first by hand: only c moves, so the penalty's part is all there is of lora_A's."""
+    ranks, given = [0, 2], dict(dim=8, init_r=4, target_r=2, total_steps=40, penalty_weight=3.0)
+    result = planted.recover(ranks, penalty="l1", seed=5, **given)
+    assert len(result.gradient_norms) == 40 and min(result.gradient_norms) > 0
+    draw = torch.Generator().manual_seed(5)
+    truth = planted.plant(ranks, 8, draw)
+    torch.manual_seed(5)
+    _, stacks = planted.stacked_layers(2, 8, 4)
+    x = torch.randn(2, 64, 8, generator=draw)
+    y = x @ truth.mT + 0.5 * torch.randn(x.shape, generator=draw)
+    A, B, c = stacks.values()
+    answers = (x @ A.mT * c.unsqueeze(1)) @ B.mT
+    loss = (answers - y).square().mean(dim=(1, 2)).sum() + 3 * PENALTIES["l1"](A, B).mean()
+    gradients = torch.autograd.grad(loss, [A, B, c])
+    norm = torch.cat([g.flatten() for g in gradients]).norm().item()
+    assert result.gradient_norms[0] == pytest.approx(norm, rel=1e-5)
+
+
+def test_the_gradient_of_pruned_components_is_the_part_of_their_c():
+    """None before the first event, and some of it at every step once pruning has ended."""
+    result = planted.recover([0, 2], dim=8, init_r=4, target_r=2, total_steps=100)
+    assert len(result.pruned_norms) == 100 and not any(result.pruned_norms[:15])  # tinit
+    norms = zip(result.pruned_norms[50:], result.gradient_norms[50:], strict=True)
+    assert all(0 < part < whole for part, whole in norms)
+    stacks = {name: torch.nn.Parameter(torch.ones(2, 3)) for name in ("lora_A", "lora_c")}
+    for stack in stacks.values():
+        stack.grad = torch.full((2, 3), 2.0)
+    pruned = torch.tensor([[True, False, False], [False, True, True]])
+    found = planted.gradient_norms(stacks, pruned)
+    torch.testing.assert_close(found, torch.tensor([12.0, 3.0]).sqrt() * 2)
+
+
+def test_the_penalty_of_the_stack_is_that_of_the_model_and_counts_until_pruning_has_ended():
+    seen = []
+
+    def watched(A, B):
+        seen.append((A.shape, B.shape))
+        return PENALTIES["l2"](A, B)
+
+    given = dict(SMALL, total_steps=100, penalty_weight=0.1)
+    by_function = planted.recover([0, 4], penalty=watched, **given)
+    assert seen == [((2, 6, 16), (2, 16, 6))] * 50  # t_end
+    by_name = planted.recover([0, 4], penalty="l2", **given)
+    assert by_function.gradient_norms == by_name.gradient_norms
+    layers, stacks = planted.stacked_layers(3, dim=4, r=2)
+    for name, penalty in PENALTIES.items():
+        of_the_stack = penalty(stacks["lora_A"], stacks["lora_B"]).mean()
+        torch.testing.assert_close(of_the_stack, penalty_loss(layers, name))
+
+
+def test_a_map_with_weak_answers_is_starved_by_the_norm_and_not_by_the_share():
+    def ranks(score):
+        return planted.recover([2, 2], score=score, strengths=[1.0, 0.1], noise=0.1, **SMALL).ranks
+
+    assert ranks("frobenius_norm")[1] == 0
+    assert ranks("frobenius_share") == [2, 2]
+
+
+def test_strengths_multiply_what_is_planted():
+    """Twice the answers and the noise: the same problem, in units half as long."""
+    still = dict(SMALL, learning_rate=1e-12, total_steps=60)
+    even = planted.recover([1, 1], **still, strengths=[2.0, 2.0], noise=1.0)
+    half = planted.recover([1, 1], **still, noise=0.5)
+    assert even.gradient_norms[0] == pytest.approx(2 * half.gradient_norms[0], rel=1e-5)
+    assert even.relative_error == pytest.approx(1.0) == half.relative_error
+
+
+def test_uniform_leaves_every_map_the_same():
+    result = planted.recover([0, 1, 3, 4], score="frobenius_norm", uniform=True, **SMALL)
+    assert result.ranks == [2, 2, 2, 2] and math.isnan(result.spearman)
+    missed = (1 + 2) / 8  # of the maps that need 3 and 4
+    assert missed < result.relative_error < missed + 0.05
+
+
+@pytest.fixture(scope="module")
+def studies():
+    """results/planted_studies.py as a module."""
+    path = Path(__file__).parents[1] / "results" / "planted_studies.py"
+    spec = importlib.util.spec_from_file_location("planted_studies", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_record_of_the_studies_holds_every_run_that_its_script_asks_for(studies):
+    record = json.loads(studies.OUT.read_text())
+    assert record["worlds"] == studies.WORLDS and record["defaults"] == studies.DEFAULTS
+    there, seeds = [studies.key(run) for run in record["runs"]], range(5)
+    assert sorted(there) == sorted(studies.jobs(seeds)) and len(set(there)) == len(there)
+
+
+def test_a_run_of_the_studies_comes_out_again(studies):
+    given = {"init_r": 4, "total_steps": 750, "seed": 3}
+    (found,) = [
+        run
+        for run in json.loads(studies.OUT.read_text())["runs"]
+        if studies.key(run) == studies.key(given)
+    ]
+    again = studies.one_run(given)
+    assert again.keys() == found.keys() and again["ranks"] == found["ranks"] == [4] * 8
+    assert again["relative_error"] == pytest.approx(found["relative_error"], rel=1e-3)
+    assert again["alive"]["after"] == pytest.approx(found["alive"]["after"], rel=0.05)

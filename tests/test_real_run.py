@@ -10,11 +10,11 @@ import nbformat
 import papermill
 import pytest
 from papermill.exceptions import PapermillExecutionError
-from solved import are_solved, write_in_place
 
 from drlora_ref.experiments.__main__ import main
 from drlora_ref.experiments.grids.notebooks import run_notebook
 from drlora_ref.experiments.run.records import read_record
+from solved import are_solved, write_in_place
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "09_a_real_run.ipynb"
 GLUE = Path(__file__).parents[2] / "shared" / "glue"

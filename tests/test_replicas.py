@@ -14,7 +14,7 @@ from tiny_runs import still_model, without_costs
 from torch import nn
 from trainer_script import SIZES
 
-from drlora_ref import BudgetSchedule
+from drlora_ref import PENALTIES, BudgetSchedule, penalty_loss
 from drlora_ref.experiments import methods
 from drlora_ref.experiments.replicas import model as replicas
 from drlora_ref.experiments.replicas.many_runs import check_replicas, run_replicas, set_up_replicas
@@ -112,6 +112,27 @@ def test_padding_stays_zero_and_loras_c_stays_one(together):
         assert torch.equal(layer.lora_c[2], torch.tensor([1.0, 1, 0, 0, 0]))
 
 
+@pytest.mark.parametrize("name", PENALTIES)
+def test_the_penalty_of_a_replica_is_that_of_its_own_components(name, tmp_path):
+    """With LoRA's, and with one that is padded; and padding is not pulled."""
+    changes = dict(seed=0), dict(seed=1, method="lora"), dict(seed=2, init_r=5)
+    given = settings(tmp_path, *changes, penalty=name, max_steps=8)
+    _, loop = set_up_replicas(given)
+    allocator, sizes = loop.engine.allocator, (3, 2, 5)
+    together = allocator.penalty(name)
+    for i, r in enumerate(sizes):
+        alone = {
+            at: SimpleNamespace(
+                lora_A=m.lora_A[i, :r], lora_B=m.lora_B[i, :, :r], lora_c=m.lora_c[i, :r]
+            )
+            for at, m in allocator.layers.items()
+        }
+        torch.testing.assert_close(together[i], penalty_loss(alone, name))
+    together.sum().backward()
+    for layer in allocator.layers.values():
+        assert not layer.lora_A.grad[0, 3:].any() and not layer.lora_B.grad[0, :, 3:].any()
+
+
 def bits(engine, i: int) -> list[torch.Tensor]:
     tensors = [*engine.trainable.values(), *(m.component_mask for m in engine.layers.values())]
     return [t[i].detach().clone() for t in tensors]
@@ -154,7 +175,7 @@ def test_a_replica_that_diverges_is_flagged_and_the_others_finish(tmp_path, caps
 
 
 def test_records_are_those_of_single_runs_and_say_how_many_shared(tmp_path, still):
-    given = settings(tmp_path, *DIFFERENT[:2], **still, max_steps=8)
+    given = settings(tmp_path, *DIFFERENT[:2], **still, max_steps=8, penalty="l2")
     records = run_replicas(given)
     for one, record in zip(given, records, strict=True):
         alone = one_run.run(dataclasses.replace(one, output_dir=one.output_dir + "-alone"))

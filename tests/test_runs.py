@@ -7,7 +7,6 @@ import nbformat
 import papermill
 import pytest
 import yaml
-from solved import are_solved, write_in_place
 from tiny_runs import COSTS
 
 from drlora_ref.experiments.__main__ import main
@@ -15,6 +14,7 @@ from drlora_ref.experiments.grids.notebooks import run_notebook
 from drlora_ref.experiments.run.records import read_record
 from drlora_ref.experiments.run.settings import Settings
 from drlora_ref.experiments.tasks.families import FAMILIES
+from solved import are_solved, write_in_place
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SETTINGS = NOTEBOOKS / "settings"
@@ -22,7 +22,7 @@ FIELDS = {field.name for field in dataclasses.fields(Settings)}
 # What only one family of tasks knows, and so only its notebook has.
 SQUAD, XSUM = {"stride", "scoring"}, {"summary_length", "num_beams", "scoring"}
 # Of grids without a notebook.
-CONTROLS = {"rank_map", "permute_map", "holdout", "tinit", "tfinal", "group_by_length"}
+CONTROLS = {"rank_map", "permute_map", "holdout", "tinit", "tfinal", "group_by_length", "penalty"}
 OWN = {"10_roberta_glue": set(), "11_squad": SQUAD, "12_xsum": XSUM}
 SMALL = dict(data_dir="generated", batch_size=8, max_steps=10, deltaT=2, checkpoint_every=0)
 GIVEN = {

@@ -18,6 +18,7 @@ from drlora_ref.inject import mark_only_adapters_trainable
 NAMES = [field.name for field in dataclasses.fields(Settings)]
 IMPOSSIBLE = [
     ("score", "frobenious", "unknown score 'frobenious' (nearest: "),
+    ("penalty", "spectrall", "unknown penalty 'spectrall' (nearest: spectral)"),
     ("curve", "papre", "curve = 'papre': must be one of"),
     ("task", "colla", "unknown task 'colla' (nearest: cola)"),
     ("method", "drlroa", "unknown method 'drlroa' (nearest: drlora)"),

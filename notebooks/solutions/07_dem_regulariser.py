@@ -33,4 +33,4 @@ def scale_free(lora_A, lora_B):
     return (rows + columns).mean(dim=-1)
 
 
-with_shape_penalty = train(dem_weight, scale_free)
+with_shape_penalty = train(2 * dem_weight, scale_free)

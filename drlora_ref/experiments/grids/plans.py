@@ -249,7 +249,7 @@ def _settings(
         base = paper.settings(*pair, chosen.pop("table_8")) if "table_8" in chosen else {}
         if "follow" in chosen:
             check_name("follow", chosen.pop("follow"), ["authors"])
-            base |= paper.authors(chosen["task"])
+            base |= paper.authors(str(chosen["task"]))
         settings = Settings(**base | best.get(cell, {}) | chosen)
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from None

@@ -28,7 +28,7 @@ from drlora_ref.inject import (
     inject_adapters,
     mark_only_adapters_trainable,
 )
-from drlora_ref.regularizer import dem_loss
+from drlora_ref.regularizer import penalty_function, penalty_loss
 from drlora_ref.schedule import BudgetSchedule
 
 
@@ -112,24 +112,27 @@ def drlora(
     lora_alpha: float = 8,
     lora_dropout: float = 0.1,
     dem_weight: float = 0.0,
+    penalty: str = "dem",
     beta: float = 0.9,
     score: str = "frobenius_share",
     seed: int = 0,
 ) -> Prepared:
     """Dynamic-rank DoRA: init_r components in every matrix, an allocator that prunes, and DEM.
 
-    Raises ValueError for a negative dem_weight, and as inject_adapters and RankAllocator do.
+    `penalty` names what takes DEM's place, under the same weight. Raises ValueError for a negative
+    dem_weight or an unknown penalty, and as inject_adapters and RankAllocator do.
     """
     if dem_weight < 0:
         raise ValueError(f"dem_weight = {dem_weight}: must be 0 (no DEM) or more")
+    of_layer = penalty_function(penalty)
     inject_adapters(model, r=schedule.init_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout)
     mark_only_adapters_trainable(model)
 
-    def dem(step: int) -> Tensor | None:
-        return None if schedule.pruning_ended(step) else dem_weight * dem_loss(model)
+    def term(step: int) -> Tensor | None:
+        return None if schedule.pruning_ended(step) else dem_weight * penalty_loss(model, of_layer)
 
     allocator = RankAllocator(model, schedule, beta=beta, score=score, seed=seed)
-    return Prepared(model, allocator, dem if dem_weight else None)
+    return Prepared(model, allocator, term if dem_weight else None)
 
 
 def lora(

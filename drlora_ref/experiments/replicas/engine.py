@@ -63,7 +63,7 @@ class Replicas:
         if self.allocator.watch:
             self.allocator.watch.follow(model)
         weights = [s.dem_weight * prune for s, prune in zip(settings, prunes, strict=True)]
-        self.adds_dem, self.dem_weights = any(weights), torch.tensor(weights, device=self.device)
+        self.penalises, self.weights = any(weights), torch.tensor(weights, device=self.device)
         self.rows = PaddedRows([own.train for own in inputs], inputs[0].collate)
 
     def _views(self, i: int) -> list[nn.Parameter]:
@@ -93,8 +93,8 @@ class Replicas:
             part = losses(logits, labels, len(self.inputs)) * (len(labels) / rows)
             part.sum().backward()  # a sum of R losses, each of its own replica's parameters
             loss += part.detach()
-        if self.adds_dem and not self.schedule.pruning_ended(step):
-            (self.dem_weights * self.allocator.dem()).sum().backward()
+        if self.penalises and not self.schedule.pruning_ended(step):
+            (self.weights * self.allocator.penalty(self.shared.penalty)).sum().backward()
         limit = self.shared.max_grad_norm
         norms = [torch.nn.utils.clip_grad_norm_(own, limit) for own in self.views]
         self.optimizer.step()

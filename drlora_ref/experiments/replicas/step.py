@@ -1,7 +1,7 @@
 """Algorithm 1 for R replicas: one score vector, budget and mask for each of them.
 
-Scores, smoothing, selection and DEM are the package's own functions, which broadcast over a leading
-dimension; new is that budget and criterion differ from replica to replica.
+Scores, smoothing, selection and penalties are the package's own functions, which broadcast over a
+leading dimension; new is that budget and criterion differ from replica to replica.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from drlora_ref.allocator import needs, seen_by_the_step, select_components, zer
 from drlora_ref.experiments.replicas.model import ReplicatedLoRALinear
 from drlora_ref.importance import SCORES, ema_update
 from drlora_ref.layer import stack_by_shape
-from drlora_ref.regularizer import dem_penalty
+from drlora_ref.regularizer import PENALTIES
 from drlora_ref.schedule import BudgetSchedule
 from drlora_ref.watch import ZWatch
 
@@ -112,10 +112,10 @@ class ReplicaAllocator:
         """Surviving components of every layer: (layers, R)."""
         return torch.stack([m.component_mask.sum(dim=1) for m in self.layers.values()])
 
-    def dem(self) -> Tensor:
-        """R of Eq. 10, one for each replica, with gradient: (R,)."""
+    def penalty(self, name: str) -> Tensor:
+        """R of Eq. 10, or the rival of this name, one for each replica, with gradient: (R,)."""
         total = sum(
-            dem_penalty(A, B).sum(dim=0) * A.shape[-2]  # means over r, padding included
+            PENALTIES[name](A, B).sum(dim=0) * A.shape[-2]  # means over r, padding included
             for _, (A, B, _) in stack_by_shape(list(self.layers.values()))
         )
         return total / self.alive.sum(dim=(0, 2))

@@ -114,6 +114,8 @@ def arm_name(parameters: dict) -> str:
         words.append(f"r={began}{parameters.get('target_r')}")
     if known and "score" in known.own and parameters.get("importance_score"):
         words.append(parameters["importance_score"])
+    if known and "penalty" in known.own and parameters.get("penalty", "dem") != "dem":
+        words.append(parameters["penalty"])
     if parameters.get("rank_map"):
         words.append("permuted map" if parameters.get("permute_map") else "given map")
     if known and known.prunes and parameters.get("tfinal") == 0:

@@ -12,6 +12,7 @@ from drlora_ref.experiments.given import check_kind, check_name, shown
 from drlora_ref.experiments.methods import METHODS, check_method
 from drlora_ref.experiments.tasks.families import FAMILIES
 from drlora_ref.importance import SCORES
+from drlora_ref.regularizer import PENALTIES
 from drlora_ref.schedule import BudgetSchedule
 from drlora_ref.train import count_steps
 
@@ -49,7 +50,8 @@ class Settings:
     group_by_length: bool = False  # True: a batch has rows of about one length, so less padding
     train_size: int = 0  # training examples, drawn at random; 0: all
     holdout: int = 0  # training examples never trained on, the same for every seed: a second test
-    dem_weight: float = 0.15  # η, the weight of Eq. 10 as printed
+    dem_weight: float = 0.15  # η, the weight of Eq. 10 as printed, or of another penalty
+    penalty: str = "dem"  # Eq. 10; or one of its rivals: l1, l2, spectral
     tinit: float = 0.15  # share of all steps before the first pruning event
     tfinal: float = 0.5  # share of all steps after the last one; 0: it is the last act
     deltaT: int = 10  # optimizer steps between two pruning events
@@ -85,6 +87,7 @@ class Settings:
         check_name("precision", self.precision, PRECISIONS)
         check_name("scoring", self.scoring, SCORINGS)
         check_name("score", self.score, SCORES)
+        check_name("penalty", self.penalty, PENALTIES)
         for names, (least, most), words in RANGES:
             for name in names.split():
                 value = getattr(self, name)
@@ -157,7 +160,15 @@ RANGES: list[tuple[str, tuple[float, float], str]] = [
 PLACES = ("output_dir", "overwrite")
 NOT_IN_KEY = ("data_dir", "model_name", "rank_map", *PLACES, "checkpoint_every")
 # Newer parameters, left out of a key at their defaults: so earlier runs keep the keys they have.
-NEWER = ("holdout", "tinit", "tfinal", "permute_map", "group_by_length", "scoring")
+NEWER = (
+    "holdout",
+    "tinit",
+    "tfinal",
+    "permute_map",
+    "group_by_length",
+    "scoring",
+    "penalty",
+)
 
 
 def run_key(
