@@ -17,11 +17,15 @@ from drlora_ref.schedule import BudgetSchedule
 from drlora_ref.watch import ZWatch
 
 
+class Diverged(ValueError):
+    """Scores that are NaN or infinite: of a run that diverged nothing is left to select."""
+
+
 def select_components(scores: Tensor, keep: int | Tensor) -> Tensor:
     """Mask of the `keep` highest scores; of equal scores the earlier position wins.
 
     Shapes: scores (..., N); keep an int, or whole numbers of shape (...) -> bool (..., N)
-    Raises ValueError if a score is NaN or infinite, or keep is not between 0 and N.
+    Raises Diverged if a score is NaN or infinite, ValueError if keep is not between 0 and N.
 
     Choice: exactly `keep` survive. The authors' code drops every score up to the k-th smallest
     (`<= kthvalue`), so a tie there costs more components than the budget says.
@@ -36,7 +40,7 @@ def select_components(scores: Tensor, keep: int | Tensor) -> Tensor:
     keep = torch.as_tensor(keep, device=scores.device)
     if not scores.isfinite().all():
         bad = scores.isfinite().logical_not().sum()
-        raise ValueError(f"{bad} of {scores.numel()} scores are NaN or infinite: training diverged")
+        raise Diverged(f"{bad} of {scores.numel()} scores are NaN or infinite: training diverged")
     if (keep < 0).any() or (keep > n).any():
         raise ValueError(f"keep = {keep.tolist()}: must be between 0 and the {n} components")
     best_first = scores.argsort(dim=-1, descending=True, stable=True)
@@ -228,6 +232,8 @@ class RankAllocator:
 
         Raises ValueError if steps are left out or repeated, since the last event would be missed;
         and naming the layers that no gradient reaches: they would take a share of the budget.
+        Raises Diverged, before any mask has changed, if a score is NaN or infinite at a pruning
+        step.
         """
         check_next_step(global_step, self.last_step)
         self._check_reached(global_step)

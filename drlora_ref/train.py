@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from drlora_ref.allocator import RankAllocator
+from drlora_ref.allocator import Diverged, RankAllocator
 from drlora_ref.inject import count_parameters
 from drlora_ref.regularizer import dem_loss
 from drlora_ref.schedule import BudgetSchedule
@@ -113,8 +113,9 @@ def train(
     loss_curve, budget_curve [[step, components kept], ...], rank_pattern, surviving_components,
     trainable_parameters, steps, seconds, evaluation_seconds.
 
-    Read with care: a non-finite loss or gradient ends the run, at most 10 steps later, and the
-    record says so. That a run diverges is a result: it must reach the table.
+    Read with care: a non-finite loss or gradient ends the run, at most 10 steps later, and scores
+    that are not finite end it at the pruning event; the record says so. That a run diverges is a
+    result: it must reach the table.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=weight_decay)
@@ -147,7 +148,11 @@ def train(
                 break
             looked_at = step
         if allocator:
-            allocator.step(step)  # lines 7-9
+            try:
+                allocator.step(step)  # lines 7-9
+            except Diverged:  # the loss is finite still, the scores are not
+                flagged_at = step
+                break
             if schedule.prunes_at(step):
                 kept.append([step, int(allocator.mask.sum())])
         if evaluation_due:

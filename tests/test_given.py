@@ -1,14 +1,16 @@
 """What a person wrote is judged alike, and in the same words, by whichever door it comes."""
 
 import inspect
+import json
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from fake_grid import write_grid, write_notebook
 
+from drlora_ref.experiments import given
 from drlora_ref.experiments.__main__ import main
-from drlora_ref.experiments.given import check_kind, check_name, nearest
+from drlora_ref.experiments.given import check_kind, check_name, nearest, read_yaml
 from drlora_ref.experiments.run.settings import Settings
 from drlora_ref.experiments.tasks.families import FAMILIES, Family
 
@@ -80,3 +82,161 @@ def test_a_family_has_every_name_of_the_protocol_and_takes_its_options_from_the_
     _, _, *options = inspect.signature(family.make_inputs).parameters  # data, tokenizer
     assert tuple(options) == family.OPTIONS
     assert set(options) <= {field.name for field in fields(Settings)}
+
+
+# --- files that mean something else than they seem to ------------------------------------------
+
+NINE = "[x, x, x, x, x, x, x, x, x]"
+LEVELS = [
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip("abcdef", "bcdefg", strict=True)
+]
+BOMB = "\n".join([f"a: &a {NINE}", *LEVELS])  # nine million words
+YAML = {
+    "seed: 1\nseed: 2": "line 2: 'seed' comes twice",
+    "parameters: {seed: 1, seed: 1}": "line 1: 'seed' comes twice",
+    "vary: {seed: [0]}\ncases: [{seed: 1, beta: 0.5, seed: 2}]": "line 2: 'seed' comes twice",
+    "1: a\n0x1: b": "line 2: 1 comes twice",
+    "seed: 010": "'010' is a number in octal",
+    "seed: -0_17": "'-0_17' is a number in octal",
+    "vary: {seed: [1, 012]}": "'012' is a number in octal",
+    "epochs: 1:30": "'1:30' is a number to base 60",
+    "learning_rate: 1:30.5": "'1:30.5' is a number to base 60",
+    BOMB: "more than 100,000 values",
+    "seed: &a [1, *a]": "an alias within itself",
+    "a: &a {b: *a}": "an alias within itself",
+    "seed: " + "[" * 3000 + "]" * 3000: "brackets within brackets",
+    "\n".join(" " * n + "a:" for n in range(2000)): "brackets within brackets",
+    "seed: " + "1" * 5000: "so many digits are no number",
+    "learning_rate: 1.0e" + "1" * 50 + ": 3": "is not YAML",
+    "seed: !!python/object/apply:os.mkdir [sprung]": "could not determine a constructor",
+    "seed: 1\n---\nseed: 2": "single document",
+    "[1, 2]: 3": "unhashable key",
+    "- 1": "must hold lines of `name: value`",
+}
+
+
+@pytest.mark.parametrize("text", YAML, ids=lambda text: text[:30])
+def test_yaml_that_is_not_what_it_seems_is_one_short_line(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file.yaml").write_text(text)
+    with pytest.raises(ValueError) as refused:
+        read_yaml("file.yaml")
+    message = str(refused.value)
+    assert message.startswith("file.yaml") and YAML[text] in message
+    assert "\n" not in message and len(message) < 400 and not Path("sprung").exists()
+
+
+def test_yaml_that_is_what_it_seems_is_read(tmp_path):
+    text = """
+    plain: &same {seed: 10, learning_rate: 1.0e-3, steps: 4_280, hex: 0x10, zero: 0, half: 0.5}
+    again: *same
+    merged: {<<: *same, seed: 3}
+    quoted: ["010", '1:30', "no"]
+    """
+    (tmp_path / "file.yaml").write_text("\ufeff" + text)
+    found = read_yaml(tmp_path / "file.yaml")
+    same = dict(seed=10, learning_rate=1e-3, steps=4280, hex=16, zero=0, half=0.5)
+    assert found["plain"] == found["again"] == same and found["merged"] == same | {"seed": 3}
+    assert found["quoted"] == ["010", "1:30", "no"]
+
+
+LATIN, WIDE = "seed: 1\ntask: café\n".encode("latin-1"), "seed: 1\n".encode("utf-16")
+
+
+@pytest.mark.parametrize(
+    "content, line", [(LATIN, 2), (WIDE, 1), (b"\xff", 1), (b"a\n" * 9 + b"\xc3", 10)]
+)
+def test_another_encoding_names_file_and_line(content, line, tmp_path):
+    (tmp_path / "file.yaml").write_bytes(content)
+    for read in (given.read_text, given.read_lines, given.read_json, read_yaml):
+        with pytest.raises(ValueError, match=rf"file\.yaml, line {line}: byte 0x.. is not UTF-8"):
+            read(tmp_path / "file.yaml")
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path):
+    file = tmp_path / "lines"
+    for inside in "\u2028 \u2029 \u0085 \x0b \x0c \x1c \x1e \r".split(" "):
+        file.write_bytes(f"one{inside}line\r\nanother\n".encode())
+        assert given.read_lines(file) == [f"one{inside}line", "another", ""]
+    file.write_bytes(b"one\rtwo\r")
+    with pytest.raises(ValueError, match="lines: its lines end in CR alone"):
+        given.read_lines(file)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[" * 100_000, '{"a":' * 100_000, "1" * 5000, '["\\ud800"]']
+)
+def test_what_is_no_json_is_one_short_line(text, tmp_path):
+    (tmp_path / "file.json").write_text(text)
+    with pytest.raises(ValueError, match=r"file\.json: ") as refused:
+        given.read_json(tmp_path / "file.json")
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 400
+
+
+TINY = ["-p", "data_dir", "generated", "-p", "model_name", "tiny-roberta"]
+HOME = {
+    "run": ["run", "~nobody-at-all/x"],
+    "file": ["run", "out", "-f", "~nobody-at-all/x.yaml"],
+    "data": ["run", "out", *TINY, "-p", "data_dir", "~nobody-at-all/x"],
+    "model": ["run", "out", *TINY, "-p", "model_name", "~nobody-at-all/x"],
+    "map": ["run", "out", *TINY, "-p", "method", "lora", "-p", "rank_map", "~nobody-at-all/x"],
+    "grid": ["grid", "~nobody-at-all/x.yaml"],
+    "out": ["grid", "grid.yaml", "--out", "~nobody-at-all/x"],
+    "notebook": ["notebook", "~nobody-at-all/x.ipynb", "out"],
+    "notebook out": ["notebook", "fake.ipynb", "~nobody-at-all/x"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("door", HOME)
+def test_a_home_that_nobody_has_is_one_line_by_every_door(door, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_notebook()
+    write_grid()
+    assert main(HOME[door]) == 1
+    assert "there is no such home folder" in capsys.readouterr().err
+    assert not list(tmp_path.glob("~*"))
+
+
+def test_the_tilde_is_home_by_every_door(tmp_path, monkeypatch, capsys):
+    from drlora_ref.experiments.tasks.glue_generated import write_glue
+
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    (home / "glue").mkdir(parents=True)
+    elsewhere.mkdir()
+    write_glue("cola", home / "glue")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(elsewhere)
+    words = {"task": "cola", "data_dir": "~/glue", "model_name": "tiny-roberta", "max_steps": 2}
+    Path(home, "run.yaml").write_text("\n".join(f"{k}: {v}" for k, v in words.items()))
+    assert main(["run", "~/out", "-f", "~/run.yaml"]) == 0
+    record = json.loads((home / "out" / "record.json").read_text())
+    assert record["parameters"]["data_dir"] == "~/glue" and not list(elsewhere.iterdir())
+    Path(home, "grid.yaml").write_text(f"parameters: {json.dumps(words)}")
+    assert main(["grid", "~/grid.yaml", "--out", "~/grid", "--dry-run"]) == 0
+    assert "run: to do" in capsys.readouterr().out
+
+
+LONG = "x" * 10**6
+BOUNDLESS = [
+    ["run", "out", "-p", LONG, "1"],
+    ["run", "out", "-p", "task", LONG],
+    ["run", "out", "-p", "seed", "1" * 5000],
+    ["run", "out", "-p", "seed", "(" * 100_000],
+    ["run", "out", "-p", "learning_rate", "9" * 400],
+    ["run", "out", "-p", "seed", "[" + "[0] * 9," * 9999 + "]"],
+    ["run", "out", "-p", "seed", "{'a':" * 80 + "1" + "}" * 80],
+    ["run", LONG],
+    ["run", "out", *TINY, "-p", "data_dir", LONG],
+    ["run", "out", *TINY, "-p", "model_name", LONG],
+    ["run", "out", "-p", "rank_map", LONG],
+    ["grid", LONG],
+    ["notebook", LONG, "out"],
+]
+
+
+@pytest.mark.parametrize("words", BOUNDLESS, ids=range(len(BOUNDLESS)))
+def test_no_message_is_longer_than_a_screen(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and len(error) < 2000

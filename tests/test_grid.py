@@ -3,6 +3,7 @@
 Most runs here are pretended; the others are of a notebook that trains nothing, but for the last.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -103,9 +104,33 @@ def test_runs_from_other_code_are_listed_and_repeated_only_if_asked(monkeypatch,
     assert "0 done, 2 skipped, 0 from other code" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["config_sha256", "tokenizer_sha256"])
+def test_runs_with_other_files_of_the_model_are_listed_and_repeated_only_if_asked(
+    name, monkeypatch, capsys
+):
+    """Records that do not say, as older ones, are done."""
+    file = write_grid(vary={"seed": [0, 1]})
+    pretend(monkeypatch)
+    run_grid(file)
+    record = next(Path("runs/grid").glob("seed0-*")) / "record.json"
+    held = json.loads(record.read_text())
+    record.write_text(json.dumps(held | {"model": {name: "before"}}))
+    started = pretend(monkeypatch)
+    capsys.readouterr()
+    assert run_grid(file) == 0 and not started
+    word = name.removesuffix("_sha256")
+    out = capsys.readouterr().out
+    assert f"seed0: from other code: score 1.0000, the model has another {word} now" in out
+    assert out.splitlines()[-1] == "0 done, 1 skipped, 1 from other code, 0 failed"
+    assert run_grid(file, stale=True) == 0
+    assert [task.parameters["seed"] for task in started] == [0]
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
+        ("[1]", "[1] must be an object"),
+        ("[" * 100_000, "brackets within brackets"),
         ('{"key": "', "is not a whole, strict JSON record"),
         ('{"key": "x"}', "is of another run (key"),
     ],
@@ -162,6 +187,19 @@ def test_a_dry_run_tells_all_and_touches_nothing(monkeypatch, capsys):
     assert not started and files() == before
     assert main(["grid", file, "--dry-run", "--out", "elsewhere"]) == 0
     assert not Path("elsewhere").exists()
+
+
+def test_a_run_whose_notebook_is_not_finished_is_to_do(monkeypatch, capsys):
+    file = write_grid(vary={"seed": [0, 1]})
+    pretend(monkeypatch)
+    run_grid(file)
+    folder = next(Path("runs/grid").glob("seed0-*"))
+    (folder / ".notebook").write_text('{"given": ["fake.ipynb", {}], "replaces": ""}')
+    assert main(["grid", file, "--dry-run"]) == 0
+    assert "seed0: to do, its notebook is not finished\nseed1: done" in capsys.readouterr().out
+    started = pretend(monkeypatch)
+    run_grid(file)
+    assert [task.parameters["seed"] for task in started] == [0]
 
 
 # Processes
@@ -266,7 +304,8 @@ def wait_for(condition, process=None, seconds=120):
 
 
 def kernels() -> list[int]:
-    return [int(path.read_text() or 0) for path in Path("runs/grid").glob("*/kernel")]
+    found = [path.read_text() for path in Path("runs/grid").glob("*/kernel")]
+    return [int(pid) for pid in found if pid]  # a file that is being written is empty first
 
 
 def gone(pid: int) -> bool:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +14,15 @@ import torch
 from accelerate import Accelerator
 from tiny_runs import still_model, tiny, without_costs
 
-from drlora_ref.experiments.run import one_run
+from drlora_ref.experiments.run import loop, one_run
 from drlora_ref.experiments.run.checkpoints import Checkpoint
 from drlora_ref.experiments.run.loop import History
 from drlora_ref.experiments.run.records import Record, read_record
 from drlora_ref.experiments.run.settings import Settings
+from drlora_ref.experiments.run.termination import Terminated
+from drlora_ref.experiments.sources.models import resolve_model
 from drlora_ref.experiments.tasks.data import loss_weight, share
+from drlora_ref.experiments.tasks.glue_generated import write_glue
 from drlora_ref.train import train
 
 
@@ -271,9 +275,9 @@ def test_a_moved_run_goes_on_in_its_new_folder(tmp_path, whole_run):
     assert without_costs(one_run.run(tiny(tmp_path / "there"))) == without_costs(whole_run)
 
 
-def cut_run(folder) -> Settings:
+def cut_run(folder, **given) -> Settings:
     """A run that left a checkpoint and no record."""
-    ready = one_run.set_up(tiny(folder))
+    ready = one_run.set_up(tiny(folder, **given))
 
     def power_cut(model):
         if (Path(folder) / "checkpoint.pt").exists():
@@ -283,6 +287,214 @@ def cut_run(folder) -> Settings:
     with pytest.raises(KeyboardInterrupt):
         one_run.train(dataclasses.replace(ready, inputs=ready.inputs._replace(evaluate=power_cut)))
     return ready.settings
+
+
+def test_a_checkpoint_of_which_any_bit_changed_is_damaged_or_the_same(tmp_path, whole_run):
+    """A flip in every hundredth of the file: refused in one line, or it decides nothing."""
+    settings = cut_run(tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    whole, checkpoint = path.read_bytes(), Checkpoint(tmp_path, configuration_of(path))
+    before, accepted = flattened(checkpoint.load()), []
+    for part in range(100):
+        place = part * len(whole) // 100
+        path.write_bytes(
+            whole[:place] + bytes([whole[place] ^ (1 << part % 8)]) + whole[place + 1 :]
+        )
+        try:
+            after = flattened(checkpoint.load())
+        except ValueError as error:
+            assert "is damaged (" in str(error) and "\n" not in str(error)
+        else:
+            accepted.append(place)
+            assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert len(accepted) < 30  # what torch leaves between its tensors
+    path.write_bytes(whole)
+    assert without_costs(one_run.run(settings)) == without_costs(whole_run)
+
+
+def configuration_of(path) -> dict:
+    return torch.load(path, weights_only=True)["configuration"]
+
+
+def flattened(value) -> list[torch.Tensor]:
+    """Every number and every tensor in a state, in order."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in flattened(item)]
+    return [value if isinstance(value, torch.Tensor) else torch.tensor(hash(value))]
+
+
+OTHER_FILES = {
+    "dropout": ("config.json", "hidden_dropout_prob", 0.3, "config.json"),
+    "epsilon": ("config.json", "layer_norm_eps", 0.1, "config.json"),
+    "activation": ("config.json", "hidden_act", "relu", "config.json"),
+    "tokenizer": ("tokenizer_config.json", "model_max_length", 200, "tokenizer"),
+    "a token": ("tokenizer.json", "truncation", None, "tokenizer"),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_FILES)
+def test_a_run_does_not_go_on_with_other_files_of_its_model(change, tmp_path):
+    file, name, value, named = OTHER_FILES[change]
+    model = shutil.copytree(resolve_model("tiny-roberta").path, tmp_path / "model")
+    cut = cut_run(tmp_path / "run", model_name=str(model))
+    held = json.loads((model / file).read_text())
+    if change == "a token":  # two words change places
+        vocab = held["model"]["vocab"]
+        vocab["Paris"], vocab["Rome"] = vocab["Rome"], vocab["Paris"]
+    else:
+        assert held[name] != value
+        held[name] = value
+    (model / file).write_text(json.dumps(held))
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    with pytest.raises(ValueError, match=rf"of another run \({named}: '\w{{12}}'; now {named}: '"):
+        one_run.run(cut)
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_run_that_goes_on_with_other_versions_names_both(tmp_path, monkeypatch, capsys):
+    cut = cut_run(tmp_path)
+    before = one_run.records.environment("cpu")
+    monkeypatch.setattr(
+        loop, "environment", lambda device: before | {"torch": "99.0", "threads": 64}
+    )
+    record = one_run.run(cut)
+    (earlier,) = record["earlier_environments"]
+    assert earlier == {"until_step": 5, **before}
+    said = f"goes on after step 5, until then torch {before['torch']}, now 99.0, threads"
+    assert said in capsys.readouterr().out
+    assert read_record(tmp_path)["earlier_environments"] == [earlier]
+
+
+def test_no_absolute_path_reaches_a_record(tmp_path):
+    place = tmp_path / "some body"
+    folder = shutil.copytree(resolve_model("tiny-roberta").path, place / "model")
+    write_glue("cola", place / "glue")
+    given = dict(data_dir=str(place / "glue"), model_name=str(folder), max_steps=4)
+    record = one_run.run(tiny(place / "out", **given))
+    text = (place / "out" / "record.json").read_text()
+    assert str(tmp_path) not in text and read_record(place / "out") == json.loads(
+        json.dumps(record)
+    )
+    names = {name: record["parameters"][name] for name in ("data_dir", "model_name", "output_dir")}
+    assert names == {"data_dir": "glue", "model_name": "model", "output_dir": "out"}
+    assert record["data"]["source"] == "GLUE folder glue"
+
+
+# --- SIGTERM -----------------------------------------------------------------------------------
+
+
+def told_at(ready, step: int, number=signal.SIGTERM) -> None:
+    """Let this process be told to end while the step is taken."""
+    collate, calls = ready.inputs.collate, []
+
+    def told(rows):
+        calls.append(rows)
+        if len(calls) == step:
+            os.kill(os.getpid(), number)
+        return collate(rows)
+
+    return dataclasses.replace(ready, inputs=ready.inputs._replace(collate=told))
+
+
+@pytest.mark.parametrize("step", [1, 7, 12, 29])
+def test_after_sigterm_a_run_goes_on_to_the_same_record(step, tmp_path, whole_run):
+    before = signal.getsignal(signal.SIGTERM)
+    ready = told_at(one_run.set_up(tiny(tmp_path, checkpoint_every=0)), step)
+    said = f"SIGTERM: a checkpoint is saved after step {step} of 30, and the same command goes on"
+    with pytest.raises(Terminated, match=said):
+        one_run.train(ready)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert Checkpoint(tmp_path, configuration_of(tmp_path / "checkpoint.pt")).load()["step"] == step
+    again = one_run.run(tiny(tmp_path, checkpoint_every=0))
+    assert comparable(again) == comparable(whole_run)
+
+
+def comparable(record: dict) -> dict:
+    parameters = {k: v for k, v in record["parameters"].items() if k != "checkpoint_every"}
+    return without_costs(record | {"parameters": parameters})
+
+
+def test_sigterm_in_the_last_step_changes_nothing(tmp_path, whole_run):
+    ready = told_at(one_run.set_up(tiny(tmp_path)), 30)
+    assert without_costs(one_run.write(ready, one_run.train(ready))) == without_costs(whole_run)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_whoever_listened_before_is_called_once_the_checkpoint_is_there(number, tmp_path):
+    def queue_again(*signal_and_frame):
+        assert (tmp_path / "checkpoint.pt").exists()
+        raise SystemExit("queued again")
+
+    before = signal.signal(number, queue_again)
+    try:
+        ready = told_at(one_run.set_up(tiny(tmp_path, checkpoint_every=0)), 3, number)
+        with pytest.raises(SystemExit, match="queued again"):
+            one_run.train(ready)
+    finally:
+        signal.signal(number, before)
+
+
+def test_sigterm_that_is_ignored_stays_ignored(tmp_path):
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        ready = told_at(one_run.set_up(tiny(tmp_path, max_steps=8)), 3)
+        assert len(one_run.train(ready).history.losses) == 8
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# --- what lies in the folder -------------------------------------------------------------------
+
+
+def test_a_lock_that_is_none_is_one_line(tmp_path):
+    ready = one_run.set_up(tiny(tmp_path))
+    lock = tmp_path / ".lock"
+    for make in (
+        lambda: lock.symlink_to("nowhere"),
+        lambda: lock.symlink_to("/dev/null"),
+        lock.mkdir,
+    ):
+        make()
+        with pytest.raises(OSError, match=r"\.lock cannot be locked \([\w ]+\): remove it$"):
+            one_run.train(ready)
+        lock.unlink() if lock.is_symlink() else lock.rmdir()
+
+
+def test_a_folder_with_the_name_of_a_leftover_stays_and_is_no_hindrance(tmp_path):
+    (tmp_path / ".unfinished-notes").mkdir()
+    (tmp_path / ".unfinished-notes" / "mine").touch()
+    (tmp_path / ".unfinished-1234").touch()
+    one_run.run(tiny(tmp_path, max_steps=4))
+    assert (tmp_path / ".unfinished-notes" / "mine").exists()
+    assert not (tmp_path / ".unfinished-1234").exists()
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "record.json", "out"])
+def test_a_folder_where_a_file_is_to_be_is_one_line(name, tmp_path):
+    place = tmp_path / "out"
+    place.write_text("a file") if name == "out" else (place / name).mkdir(parents=True)
+    with pytest.raises((OSError, ValueError)) as refused:
+        one_run.run(tiny(place, max_steps=4))
+    assert str(place) in str(refused.value) and "\n" not in str(refused.value)
+
+
+# --- divergence --------------------------------------------------------------------------------
+
+SCHEDULES = [dict(tinit=0.0, deltaT=1), dict(tinit=0.0, tfinal=0.0, deltaT=1), dict(deltaT=3)]
+
+
+@pytest.mark.parametrize("method", ["drlora", "adalora", "prune-once"])
+@pytest.mark.parametrize("learning_rate", [1e3, 1e8, 1e18, 1e30, 1e37])
+def test_divergence_at_a_pruning_step_is_a_record_too(method, learning_rate, tmp_path):
+    for number, schedule in enumerate(SCHEDULES):
+        given = dict(method=method, learning_rate=learning_rate, warmup=0.0, max_steps=12)
+        record = one_run.run(tiny(tmp_path / str(number), **given, **schedule))
+        assert read_record(tmp_path / str(number))["status"] == record["status"]
+        if record["status"] == "diverged":
+            assert 1 <= record["flagged_at"] <= record["steps"]
+            assert [step for step, _ in record["budget_curve"] if step >= record["steps"]] == []
 
 
 @pytest.mark.parametrize("left", [0, 1, 100, -1])

@@ -18,6 +18,7 @@ import torch
 from conftest import TINY, TINY_BART, needs_minilm
 from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
@@ -33,6 +34,7 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
+from drlora_ref.experiments.__main__ import main
 from drlora_ref.experiments.sources import models
 from drlora_ref.experiments.sources.hub import fetch_from_hub, require_hub
 from drlora_ref.experiments.sources.models import (
@@ -299,3 +301,118 @@ def test_making_a_tiny_model_draws_no_number_of_the_runs(monkeypatch):
 def test_a_model_without_the_wanted_head_is_named(tiny_encoder):
     with pytest.raises(ValueError, match="roberta models have no head for Seq2SeqLM"):
         models.load_pretrained(resolve_model(str(tiny_encoder)), AutoModelForSeq2SeqLM)
+
+
+# --- folders that are damaged ------------------------------------------------------------------
+
+
+def weights(change):
+    def damage(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return damage
+
+
+def holding(value, dtype=torch.float32):
+    def change(tensors):
+        name = "encoder.layer.1.output.dense.weight"
+        tensors[name] = tensors[name].to(dtype)
+        tensors[name].view(-1)[-1] = value
+
+    return weights(change)
+
+
+def cut(file, left):
+    def damage(folder):
+        (folder / file).write_bytes((folder / file).read_bytes()[:left])
+
+    return damage
+
+
+def written(file, content):
+    def damage(folder):
+        (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return damage
+
+
+def entry(name, value, file="config.json"):
+    def damage(folder):
+        held = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(held | {name: value}))
+
+    return damage
+
+
+DAMAGED = {
+    "one NaN": (holding(torch.nan), "encoder.layer.1.output.dense.weight holds NaN or infinity"),
+    "one infinity": (holding(-torch.inf), "holds NaN or infinity"),
+    "one NaN in bfloat16": (holding(torch.nan, torch.bfloat16), "holds NaN or infinity"),
+    "beyond float32": (holding(1e300, torch.float64), "holds NaN or infinity"),
+    "empty weights": (cut("model.safetensors", 0), "the model cannot be read (SafetensorError"),
+    "8 bytes of weights": (cut("model.safetensors", 8), "the model cannot be read"),
+    "weights without their end": (cut("model.safetensors", -1), "the model cannot be read"),
+    "no tensor": (weights(dict.clear), "weights missing or of another shape"),
+    "empty config": (written("config.json", ""), "config.json: not JSON"),
+    "config of another kind": (written("config.json", "[1]"), "must hold names with values"),
+    "config null": (written("config.json", "null"), "must hold names with values"),
+    "deep config": (written("config.json", "[" * 100_000), "config.json: brackets within brackets"),
+    "latin config": (written("config.json", b'{"a":\n"\xe9"}'), "config.json, line 2: byte 0xe9"),
+    "no dtype": (entry("dtype", "float99"), "config.json cannot be read"),
+    "no kind": (entry("model_type", "nope"), "config.json cannot be read"),
+    "no activation": (entry("hidden_act", "nope"), "the model cannot be read"),
+    "labels": (entry("id2label", [1]), "config.json cannot be read"),
+    "read in use only": (entry("chunk_size_feed_forward", "a"), "config.json cannot be read"),
+    "no head": (entry("num_attention_heads", 0), "the model cannot be read"),
+    "empty tokenizer": (written("tokenizer.json", ""), "the tokenizer cannot be read"),
+    "tokenizer of another kind": (written("tokenizer.json", "[]"), "the tokenizer cannot be read"),
+    "tokenizer cut": (cut("tokenizer.json", 99), "the tokenizer cannot be read"),
+    "tokenizer_config of another kind": (written("tokenizer_config.json", "[]"), "cannot be read"),
+    "no padding": (entry("pad_token", None, "tokenizer_config.json"), "has no padding token"),
+    "a word for a length": (entry("model_max_length", "x", "tokenizer_config.json"), "a number"),
+    "tokens without embedding": (entry("vocab_size", 40), "or of another shape"),
+}  # fmt: skip
+WRONG_KIND = {"hidden_size": "32", "num_hidden_layers": 2.5, "layer_norm_eps": "x",
+              "pad_token_id": [], "max_position_embeddings": None,
+              "hidden_dropout_prob": "much"}  # fmt: skip
+DAMAGED |= {f"{k} = {v!r}": (entry(k, v), "cannot be read") for k, v in WRONG_KIND.items()}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_folder_is_one_line_before_any_training(damage, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(resolve_model("tiny-roberta").path, "model")
+    change, message = DAMAGED[damage]
+    change(tmp_path / "model")
+    words = ["run", "out", "-p", "data_dir", "generated", "-p", "model_name", "model"]
+    assert main([*words, "-p", "max_steps", "4"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert message in error and error.startswith("ValueError: ") and len(error) < 2000
+    assert not (tmp_path / "out" / "record.json").exists()
+    assert not (tmp_path / "out" / "checkpoint.pt").exists()
+
+
+def test_a_tokenizer_with_more_words_than_the_model_is_refused(tmp_path):
+    folder = shutil.copytree(resolve_model("tiny-roberta").path, tmp_path / "model")
+    held = json.loads((folder / "tokenizer.json").read_text())
+    held["model"]["vocab"]["film"] = 5000
+    (folder / "tokenizer.json").write_text(json.dumps(held))
+    source = resolve_model(str(folder))
+    with pytest.raises(ValueError, match="token 5000 has no embedding, there are 308"):
+        models.check_together(source, *load_model(source, "cola"))
+
+
+def test_the_hashes_of_config_and_tokenizer_are_of_what_decides(tmp_path):
+    folder = shutil.copytree(resolve_model("tiny-roberta").path, tmp_path / "model")
+    before = resolve_model(str(folder))
+    entry("transformers_version", "4.0.0")(folder)  # who wrote the file decides nothing
+    assert resolve_model(str(folder)) == before
+    entry("hidden_dropout_prob", 0.3)(folder)
+    changed = resolve_model(str(folder))
+    assert changed.config_sha256 != before.config_sha256 and changed.sha256 == before.sha256
+    entry("model_max_length", 100, "tokenizer_config.json")(folder)
+    last = resolve_model(str(folder))
+    assert last.tokenizer_sha256 != changed.tokenizer_sha256
+    assert last.config_sha256 == changed.config_sha256

@@ -222,6 +222,29 @@ def test_a_grid_that_cannot_be_is_one_line_before_any_work(text, capsys, monkeyp
     assert not started and files() == before
 
 
+THOUSAND = list(range(1000))
+ENDLESS = {
+    "vary": {"vary": {"seed": THOUSAND, "batch_size": THOUSAND, "epochs": THOUSAND}},
+    "cases": {"cases": [{"seed": n} for n in THOUSAND],
+              "vary": {"batch_size": THOUSAND, "epochs": THOUSAND}},
+    "many short lists": {"vary": {name: [0, 1] for name in
+                                  "seed init_r target_r epochs batch_size max_steps max_length "
+                                  "train_size holdout deltaT bottleneck stride num_beams "
+                                  "permute_map".split()}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ENDLESS)
+def test_a_grid_of_a_billion_runs_says_so_at_once(form, monkeypatch, capsys):
+    def no_time(*given):
+        raise AssertionError("something was looked up")
+
+    monkeypatch.setattr(plans, "_look_at", no_time)
+    assert main(["grid", write_grid(json.dumps(ENDLESS[form])), "--dry-run"]) == 1
+    said = "1,000,000,000 runs" if form != "many short lists" else "16,384 runs"
+    assert f"{said}, a grid has 10,000 at most" in capsys.readouterr().err
+
+
 def test_a_missing_grid_and_no_workers_are_named(capsys):
     assert main(["grid", "none.yaml"]) == 1
     assert "none.yaml: no such file" in capsys.readouterr().err

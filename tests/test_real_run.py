@@ -39,7 +39,11 @@ def test_a_dynamic_run_leaves_a_whole_record_figures_and_the_executed_notebook(s
 
     names = set(papermill.inspect_notebook(str(NOTEBOOK)))
     assert set(record["parameters"]) == names
-    assert {name: record["parameters"][name] for name in given} == given
+    named = given | {"model_name": Path(small["model_name"]).name}  # the place does not count
+    assert {name: record["parameters"][name] for name in given} == named
+    places = str(tmp_path), str(Path(small["model_name"]).parent)
+    for file in (tmp_path / "run" / "record.json", executed):
+        assert not [path for path in places if path in file.read_text()]
     assert record["steps"] == record["total_steps"] == 30 == len(record["loss_curve"])
     assert [e["epoch"] for e in record["evaluations"]] == [1, 2, 3]
     assert record["metric_name"] == "matthews" and record["seed"] == 7

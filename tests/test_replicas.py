@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -182,7 +183,8 @@ def test_records_are_those_of_single_runs_and_say_how_many_shared(tmp_path, stil
         assert record["replicas"] == 2
         for counted in ("trainable_parameters", "trained_bytes", "total_steps"):
             assert record[counted] == alone[counted]
-        assert record["parameters"] == alone["parameters"] | {"output_dir": one.output_dir}
+        folder = {"output_dir": Path(one.output_dir).name}
+        assert record["parameters"] == alone["parameters"] | folder
         norms = [torch.tensor(r["gradient_norm_curve"]) for r in (record, alone)]
         torch.testing.assert_close(*norms, atol=3e-5, rtol=1e-4)
     table = results.load(tmp_path)
@@ -191,16 +193,26 @@ def test_records_are_those_of_single_runs_and_say_how_many_shared(tmp_path, stil
     assert not list(tmp_path.rglob("checkpoint.pt"))
 
 
-def test_the_record_of_a_replica_that_diverges_is_the_lone_runs(still, tmp_path):
+# By its loss, seen at a look; or by its scores, at the pruning event right after the step.
+DIVERGES = [dict(learning_rate=1e30), dict(learning_rate=1e18, score="frobenius_norm"),
+            dict(learning_rate=1e8), dict(learning_rate=1e30, score="output_norm"),
+            dict(learning_rate=1e30, method="lora")]  # fmt: skip
+
+
+@pytest.mark.parametrize("calendar", [{}, dict(tinit=0.0, deltaT=1, warmup=0.0)])
+@pytest.mark.parametrize("change", DIVERGES)
+def test_the_record_of_a_replica_that_diverges_is_the_lone_runs(change, calendar, still, tmp_path):
     """Flagged in the same step, ended at the same look, with the same mask."""
-    changes = dict(learning_rate=1e30), dict(seed=1)
-    given = settings(tmp_path, *changes, **still, max_steps=40)
+    given = settings(tmp_path, change, dict(seed=1), **still, max_steps=40, **calendar)
     ready, loop = set_up_replicas(given)
     lone = one_run.set_up(dataclasses.replace(given[0], output_dir=str(tmp_path / "lone")))
     alone = one_run.make_record(lone, one_run.train(lone))
-    together = one_run.make_record(ready[0], loop.run()[0])
+    trained = loop.run()
+    together = one_run.make_record(ready[0], trained[0])
+    assert alone["status"] == "diverged"
     for name in ("status", "flagged_at", "steps", "rank_pattern", "budget_curve", "evaluations"):
         assert together[name] == alone[name], name
+    assert trained[1].history.flagged_at is None and len(trained[1].history.losses) == 40
 
 
 class Cut(Exception):

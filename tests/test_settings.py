@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny_runs import tiny
 from torch import nn
 
 from drlora_ref.experiments.__main__ import main
 from drlora_ref.experiments.methods import METHODS, Method, Prepared
 from drlora_ref.experiments.run import one_run
-from drlora_ref.experiments.run.settings import RANGES, Settings, describe
+from drlora_ref.experiments.run.settings import RANGES, Settings, describe, run_key
 from drlora_ref.inject import mark_only_adapters_trainable
 
 NAMES = [field.name for field in dataclasses.fields(Settings)]
@@ -70,6 +71,62 @@ def test_every_door_refuses_it_in_the_same_words_before_any_work(
         message = message.replace(", as 0.002", "") if "grid" in words else message
         assert message in error.replace(", as 0.01", "") and "\n" not in error
     assert {path.name for path in tmp_path.iterdir()} == {"grid.yaml", "run.yaml"}
+
+
+NUMBERS = [f for f in dataclasses.fields(Settings) if type(f.default) in (int, float)]
+NO_NUMBERS = [True, None, "1", [1], {1: 2}, 1j, b"1"]
+OUT_OF_RANGE = [math.nan, math.inf, -math.inf, -1, -(2**63), 10**400, -(10**400), 10**5000]
+WHOLE = [2**63, 2**64, 0.5, 1.0, 1e300]  # what no whole number can be
+REAL = [1e38, 3.5e38, 1e300, 2**127]  # what no other number can be
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_method_takes_a_number_that_is_none(method):
+    for field in NUMBERS:
+        of_its_kind = REAL if type(field.default) is float else WHOLE
+        for value in [*NO_NUMBERS, *OUT_OF_RANGE, *of_its_kind]:
+            with pytest.raises(ValueError, match=rf"^{field.name} = ") as refused:
+                Settings(method=method, **{field.name: value})
+            assert len(str(refused.value)) < 400
+
+
+# AdamW takes ten times the learning rate, a scaling is a quotient: none of it leaves float32.
+EXTREME = {"learning_rate": 1e37, "lora_alpha": 1e37, "weight_decay": 1e37, "dem_weight": 1e37,
+           "max_grad_norm": 1e-300}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_largest_and_the_least_numbers_end_in_a_record(method, tmp_path):
+    for name, value in EXTREME.items():
+        given = {"method": method, "max_steps": 4, name: value}
+        record = one_run.run(tiny(tmp_path / name, **given))
+        assert record["status"] in ("completed", "collapsed", "diverged")
+
+
+def test_minus_zero_is_zero_in_the_key():
+    assert run_key(Settings(dem_weight=-0.0), "", "") == run_key(Settings(dem_weight=0), "", "")
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (dict(init_r=33), "rank 33: .* can have 32 at most"),
+        (dict(method="lora", target_r=2**62), "rank 4611686018427387904"),
+        (dict(method="adalora", init_r=2**40), "rank 1099511627776"),
+        (dict(method="p-adapter", bottleneck=2**62), "bottleneck = 4611686018427387904"),
+        (dict(method="h-adapter", bottleneck=33), "bottleneck = 33: must be at most 32"),
+        (dict(max_length=1), "max_length = 1: must be 3 or more, since 2 tokens are special"),
+        (dict(max_length=2), "max_length = 2: must be 3 or more"),
+        (dict(task="mrpc", max_length=5), "max_length = 5: must be 6 or more, since 4 tokens"),
+        (
+            dict(task="xsum", model_name="tiny-bart", summary_length=2),
+            "summary_length = 2: must be 3",
+        ),
+    ],
+)
+def test_what_no_model_of_this_size_can_have_is_refused_before_training(given, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        one_run.set_up(tiny(tmp_path, **given))
 
 
 def test_every_number_has_a_range():

@@ -173,6 +173,16 @@ def test_an_infinite_gradient_is_found_though_the_loss_is_finite():
     assert first_non_finite(health) == 2 and first_non_finite(health[:1]) is None
 
 
+def test_scores_that_are_not_finite_end_the_run_at_the_pruning_event_with_a_record():
+    """Before the loss shows it: the step that spoils the weights has a finite loss itself."""
+    schedule = BudgetSchedule(3, 1, 20, tinit=0, deltaT=1)
+    record, allocator = run(Regression(), schedule, learning_rate=1e30, warmup=0.0)
+    assert record["status"] == "diverged" and record["flagged_at"] == record["steps"] < 20
+    assert None not in record["loss_curve"] and record["best"] is None
+    assert record["surviving_components"] == int(allocator.mask.sum())
+    assert all(step < record["flagged_at"] for step, _ in record["budget_curve"])
+
+
 def test_a_collapsed_run_is_flagged_at_the_first_evaluation_from_which_on_it_was():
     collapsed = [False, True, False, True, True]
     evaluations = [

@@ -15,18 +15,28 @@ import os
 import sys
 from dataclasses import fields
 
-from drlora_ref.experiments.given import check_known, literal, read_yaml
+from drlora_ref.experiments.given import check_known, literal, read_yaml, screen
 from drlora_ref.experiments.grids import NotebookError
-from drlora_ref.experiments.grids.grid import run_grid
-from drlora_ref.experiments.run.one_run import run
-from drlora_ref.experiments.run.settings import Settings, describe
+from drlora_ref.experiments.run.termination import INTERRUPTED, TERMINATED, Terminated, heard
+
+# What runs is imported where it is used: Ctrl-C meanwhile is one line, too.
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 0, or 1 with one line on standard error."""
-    given = _parser().parse_args(arguments)
+    """The command line; returns the exit status.
+
+    It is 0; 1 with one line on standard error; INTERRUPTED after Ctrl-C, TERMINATED after SIGTERM.
+    """
     try:
-        return given.do(given)
+        with heard():
+            given = _parser().parse_args(arguments)
+            return given.do(given)
+    except KeyboardInterrupt:
+        return _complain(
+            "interrupted", "the same command goes on from the last checkpoint", INTERRUPTED
+        )
+    except Terminated as error:
+        return _complain("terminated", error, TERMINATED)
     except NotebookError as error:
         return _complain(error.kind, error.what)
     except (OSError, ValueError, ImportError) as error:
@@ -34,6 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from drlora_ref.experiments.run.settings import describe
+
     parser = argparse.ArgumentParser(prog="python -m drlora_ref.experiments")
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser(
@@ -68,6 +80,9 @@ def _parameters(given: argparse.Namespace) -> dict:
 
 
 def _run(given: argparse.Namespace) -> int:
+    from drlora_ref.experiments.run.one_run import run
+    from drlora_ref.experiments.run.settings import Settings
+
     parameters = _parameters(given)
     names = [field.name for field in fields(Settings) if field.name != "output_dir"]
     check_known("a run has no parameter", parameters, names)
@@ -87,14 +102,16 @@ def _notebook(given: argparse.Namespace) -> int:
 
 
 def _grid(given: argparse.Namespace) -> int:
+    from drlora_ref.experiments.grids.grid import run_grid
+
     names = ("file", "out", "workers", "cluster", "stale", "dry_run", "replicas")
     return run_grid(**{name: getattr(given, name) for name in names})
 
 
-def _complain(kind: str, what) -> int:
+def _complain(kind: str, what: object, status: int = 1) -> int:
     if _is_main_process():
-        print(f"{kind}: {what}", file=sys.stderr)
-    return 1
+        print(f"{kind}: {screen(what)}", file=sys.stderr)
+    return status
 
 
 def _is_main_process() -> bool:

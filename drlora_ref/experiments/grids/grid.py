@@ -13,39 +13,57 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 
 import submitit
 
+from drlora_ref.experiments.given import place, screen, shown
 from drlora_ref.experiments.grids import processes
 from drlora_ref.experiments.grids.plans import PlannedRun, pack, plan, read_grid
+from drlora_ref.experiments.grids.processes import WorkItem
+from drlora_ref.experiments.replicas.many_runs import OWN
+from drlora_ref.experiments.run.checkpoints import CHECKPOINT, runs_in
 from drlora_ref.experiments.run.loop import readable_time
 from drlora_ref.experiments.run.one_run import claim, code_hash
-from drlora_ref.experiments.run.records import read_record
+from drlora_ref.experiments.run.records import Pending, read_record
+from drlora_ref.experiments.run.termination import INTERRUPTED, TERMINATED
 
 TO_DO, DONE, OTHER_CODE, FAILED = "to do", "done", "from other code", "failed"
-INTERRUPTED = 130  # the exit status of what Ctrl-C ended
 
 
 def state_of(run: PlannedRun, code: str) -> tuple[str, str]:
     """(TO_DO, DONE, OTHER_CODE or FAILED; what there is to say of it), by the run's record.
 
-    FAILED is a record that is damaged or of another run: it is left as it is.
+    OTHER_CODE is also a record with another configuration or tokenizer of the model. FAILED is a
+    record that is damaged or of another run: it is left as it is.
     """
-    if not (run.folder / "record.json").exists():
-        started = (run.folder / "checkpoint.pt").exists()
+    if not os.path.lexists(run.folder / "record.json"):
+        started = (run.folder / CHECKPOINT).exists()
         return TO_DO, "goes on from its checkpoint" if started else ""
     try:
+        if run.work.notebook and Pending(run.folder).given():
+            return TO_DO, "its notebook is not finished"
         record = read_record(run.folder)
-    except ValueError as error:
-        return FAILED, str(error)
+    except (OSError, ValueError) as error:
+        return FAILED, screen(error)
     if record.get("key") != run.key:
-        return FAILED, f"{run.folder / 'record.json'} is of another run (key {record.get('key')})"
+        key = shown(record.get("key"))
+        return FAILED, f"{run.folder / 'record.json'} is of another run (key {key})"
     status, best = record.get("status", "completed"), record.get("best")
     score = "" if best is None else f"{record.get('metric_name', 'score')} {best:.4f}"
-    words = [score, *([status] if status != "completed" else [])]
-    return DONE if record.get("code") == code else OTHER_CODE, ", ".join(filter(None, words))
+    words = [score, *([status] if status != "completed" else []), *_other_files(run, record)]
+    same = record.get("code") == code and not _other_files(run, record)
+    return DONE if same else OTHER_CODE, ", ".join(filter(None, words))
+
+
+def _other_files(run: PlannedRun, record: dict) -> list[str]:
+    """What is new of the model's files since the record was written; older records do not say."""
+    names, then = ("config_sha256", "tokenizer_sha256"), record.get("model", {})
+    new = [name for name in names if name in then and then[name] != getattr(run.model, name)]
+    return [f"the model has another {name.removesuffix('_sha256')} now" for name in new]
 
 
 def run_grid(
@@ -59,15 +77,16 @@ def run_grid(
 ) -> int:
     """Do the runs of a grid that are not done yet; returns the exit status.
 
-    It is 0 if all went well, 1 if a run failed, INTERRUPTED after Ctrl-C.
+    It is 0 if all went well, 1 if a run failed, INTERRUPTED after Ctrl-C, TERMINATED after SIGTERM.
 
     `out` is runs/<name of the file> by default; `stale` also repeats what other code has done.
     With `replicas` above 1, up to so many runs that may share an encoder train in one pass and
-    leave a record each, without the executed notebook.
+    leave a record each, without the executed notebook. What an earlier call has begun goes on as
+    it was begun: a pass with its replicas, a run alone.
     Raises, before any work, what read_grid, plan and processes.starter raise, and
     BlockingIOError if another grid is at work in `out`; OSError when a process cannot be started.
     """
-    grid, out = read_grid(file), Path(out or Path("runs", Path(file).stem))
+    grid, out = read_grid(file), place(out or Path("runs", Path(file).stem))
     for name, value in (("workers", workers), ("replicas", replicas)):
         if value < 1:
             raise ValueError(f"{name} = {value}: must be at least 1")
@@ -93,23 +112,73 @@ def _show(runs: list[PlannedRun]) -> int:
 
 
 def _work(runs: list[PlannedRun], start: processes.Start, stale: bool, replicas: int) -> int:
-    code, done, interrupted = code_hash(), 0, False
+    code, done, ended = code_hash(), 0, 0
     to_do, counts, failures = _sort(runs, code, stale)
-    _hear_ctrl_c()
-    try:
-        for failure in _do(pack(to_do, replicas), start, stale, code):
-            if failure:
-                failures.append(failure)
-            else:
-                done += 1
-    except KeyboardInterrupt:
-        interrupted = True
-        print("interrupted: what has ended is kept, and the same command goes on from here")
+    with _sigterm_as_ctrl_c() as terminated:
+        try:
+            for failure in _do(_packs(runs, to_do, replicas), start, stale, code):
+                if failure:
+                    failures.append(failure)
+                else:
+                    done += 1
+        except KeyboardInterrupt:
+            ended = TERMINATED if terminated else INTERRUPTED
+            word = "SIGTERM, heard by the runs at work too" if terminated else "interrupted"
+            print(f"{word}: what has ended is kept, and the same command goes on from here")
     skipped, other = counts[DONE], counts[OTHER_CODE]
     print(f"{done} done, {skipped} skipped, {other} from other code, {len(failures)} failed")
     for failure in failures:
         print(f"  {failure}")
-    return INTERRUPTED if interrupted else int(bool(failures))
+    return ended or int(bool(failures))
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[list[int]]:
+    """Within it SIGTERM raises KeyboardInterrupt, and is then in the list."""
+    terminated: list[int] = []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        terminated.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield terminated
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield terminated
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _packs(
+    runs: list[PlannedRun], to_do: list[PlannedRun], replicas: int
+) -> list[list[PlannedRun]]:
+    """What is to do, in lists for one process each: first what has a checkpoint, as it was begun.
+
+    Of a pass that was killed all runs are there, also those that have their record and those that
+    the grid no longer names; run_replicas knows what is left to do for each.
+    """
+    left, planned = {run.key: run for run in to_do}, {run.key: run for run in runs}
+    begun: list[list[PlannedRun]] = []
+    for path in sorted(runs[0].folder.parent.glob(f"*/{CHECKPOINT}")) if runs else []:
+        alone: dict[str, dict] = {run.key: {} for run in left.values() if run.folder == path.parent}
+        pack_of = runs_in(path) or alone
+        if not left.keys() & pack_of.keys():
+            continue
+        like = next(planned[key] for key in pack_of if key in planned)
+        begun.append([planned.get(key) or _unplanned(key, given, like)
+                      for key, given in pack_of.items()])  # fmt: skip
+        left = {key: run for key, run in left.items() if key not in pack_of}
+    return begun + pack(list(left.values()), replicas)
+
+
+def _unplanned(key: str, given: dict, like: PlannedRun) -> PlannedRun:
+    """A run that was begun together with `like` by a grid that named it."""
+    folder = like.folder.parent / Path(given["output_dir"]).name
+    parameters = like.work.parameters | {name: given[name] for name in OWN}
+    work = WorkItem(None, folder, parameters)
+    return replace(like, label=folder.name.removesuffix(f"-{key}"), key=key, work=work)
 
 
 def _sort(
@@ -135,25 +204,20 @@ def _sort(
     return to_do, counts, failures
 
 
-def _hear_ctrl_c() -> None:
-    # A script's background commands ignore Ctrl-C from their start, and Python leaves it so. But
-    # only an interrupt that is heard ends the jobs at once, and says how to go on.
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def _do(
     packs: list[list[PlannedRun]], start: processes.Start, stale: bool, code: str
 ) -> Iterator[str]:
     """Start these runs; as each ends, print a line and yield what went wrong, "" if nothing did."""
     if not packs:
         return
-    runs = [run for one in packs for run in one]
+    # Of a pass that goes on, some may have their record already: they are not counted again.
+    told = [[run for run in one if stale or state_of(run, code)[0] != DONE] for one in packs]
+    runs = [run for one in told for run in one]
     began, steps, total = time.perf_counter(), 0, sum(run.steps for run in runs)
     with closing(start([[_item(run, stale) for run in one] for one in packs])) as ended:
-        pairs = ((run, job) for place, job in ended for run in packs[place])
-        for number, (run, job) in enumerate(pairs, 1):
-            error, note = _outcome(run, job, code)
+        pairs = ((run, place, job) for place, job in ended for run in told[place])
+        for number, (run, place, job) in enumerate(pairs, 1):
+            error, note = _outcome(run, job, code, alone=len(packs[place]) == 1)
             steps += run.steps
             spent = time.perf_counter() - began
             left = spent / steps * (total - steps)
@@ -164,14 +228,16 @@ def _do(
             yield f"{run.label}: {error} (log: {log})" if error else ""
 
 
-def _item(run: PlannedRun, stale: bool) -> processes.WorkItem:
+def _item(run: PlannedRun, stale: bool) -> WorkItem:
     given = run.work.parameters | ({"overwrite": True} if stale else {})
     return run.work._replace(parameters=given)
 
 
-def _outcome(run: PlannedRun, job: submitit.Job, code: str) -> tuple[str, str]:
+def _outcome(run: PlannedRun, job: submitit.Job, code: str, alone: bool) -> tuple[str, str]:
     """(what went wrong, "" if nothing did; what the run's record says)."""
     error, (state, note) = processes.error_of(job), state_of(run, code)
+    if state == DONE and not alone:  # what went wrong in its pass did so for others
+        error = ""
     if not error and state not in (DONE, OTHER_CODE):
         error = note or "the notebook ran to its end and wrote no record.json"
     return error, note

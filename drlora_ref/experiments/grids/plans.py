@@ -20,6 +20,7 @@ of a cluster.
 """
 
 import itertools
+import math
 import os
 import re
 from collections import Counter
@@ -28,13 +29,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TypedDict
 
-from drlora_ref.experiments.given import check_known, check_name, read_yaml
+from drlora_ref.experiments.given import check_known, check_name, place, read_yaml, shown
 from drlora_ref.experiments.grids import Value, processes
 from drlora_ref.experiments.replicas.many_runs import can_be_replica, shared_settings
 from drlora_ref.experiments.results import paper, summaries
 from drlora_ref.experiments.run.rank_maps import find_rank_map, sha256_of
 from drlora_ref.experiments.run.settings import PLACES, Settings, run_key
-from drlora_ref.experiments.sources.models import resolve_model
+from drlora_ref.experiments.sources.models import ModelSource, resolve_model
 from drlora_ref.experiments.tasks.data import check_sizes
 from drlora_ref.experiments.tasks.families import FAMILIES
 
@@ -51,6 +52,7 @@ KEYS = {
     "best_of": {"folder": str, "parameter": str | list, "by": list},
     "cost": {"optimizer_steps": int, "gpu_hours": int | float, "basis": str},
 }
+MOST = 10_000  # runs of a grid; the paper's largest table has 672
 Parameters = dict[str, Value]
 Cell = tuple[Value, ...]  # what a run has of the parameters in best_of's `by`
 CELL = ["task", "method"]
@@ -90,6 +92,7 @@ class PlannedRun:
     """One run of a grid: a short label of what varies, its run_key, T, and the work that it is.
 
     `encoder` is equal for runs that may be replicas of one pass, None where a run must be alone.
+    `model` is what it starts from.
     """
 
     label: str
@@ -97,6 +100,7 @@ class PlannedRun:
     steps: int
     work: processes.WorkItem
     encoder: Hashable = None
+    model: ModelSource | None = None
 
     @property
     def folder(self) -> Path:
@@ -117,14 +121,16 @@ def read_grid(file: str | Path) -> Grid:
     check_known(f"{file}: a grid has no", grid, KINDS)
     for name, value in grid.items():
         if not isinstance(value, KINDS[name]):
-            raise ValueError(f"{file}: {name} = {value!r} must be a {KINDS[name].__name__}")
+            raise ValueError(f"{file}: {name} = {shown(value)} must be a {KINDS[name].__name__}")
         for key, kind in KEYS.get(name, {}).items():
             if not isinstance(value.get(key), kind) or len(value) != len(KEYS[name]):
-                raise ValueError(f"{file}: {name} needs {', '.join(KEYS[name])}, not {value}")
+                raise ValueError(
+                    f"{file}: {name} needs {', '.join(KEYS[name])}, not {shown(value)}"
+                )
     check_known(f"{file}: slurm has no", grid.get("slurm", {}), processes.SLURM)
     _check_sets(file, grid)
     if "notebook" in grid:
-        grid["notebook"] = Path(os.path.relpath(Path(file).parent / grid["notebook"]))
+        grid["notebook"] = Path(os.path.relpath(place(file).parent / place(grid["notebook"])))
     return grid
 
 
@@ -132,10 +138,14 @@ def _check_sets(file: str | Path, grid: Grid) -> None:
     same, cases, vary = grid.get("parameters", {}), grid.get("cases", [{}]), grid.get("vary", {})
     for name, values in [("cases", cases), *vary.items()]:
         if not isinstance(values, list) or not values:
-            raise ValueError(f"{file}: {name} = {values!r} must be a list, and not an empty one")
+            raise ValueError(
+                f"{file}: {name} = {shown(values)} must be a list, and not an empty one"
+            )
+    if (runs := len(cases) * math.prod(map(len, vary.values()))) > MOST:
+        raise ValueError(f"{file}: {runs:,} runs, a grid has {MOST:,} at most")
     for case in cases:
         if not isinstance(case, dict):
-            raise ValueError(f"{file}: the case {case!r} must be names with values")
+            raise ValueError(f"{file}: the case {shown(case)} must be names with values")
     in_cases = {name for case in cases for name in case}
     best = grid.get("best_of", {"parameter": [], "by": []})
     names = [*same, *in_cases, *vary, *best["parameter"]]
@@ -147,7 +157,7 @@ def _check_sets(file: str | Path, grid: Grid) -> None:
     given = [value for one in (same, *cases) for value in one.values()]
     for value in itertools.chain(given, *vary.values()):
         if not isinstance(value, str | int | float):
-            raise ValueError(f"{file}: {value!r} must be a word, a number, true or false")
+            raise ValueError(f"{file}: {shown(value)} must be a word, a number, true or false")
 
 
 def expand(grid: Grid) -> list[tuple[str, Parameters]]:
@@ -180,20 +190,22 @@ def plan(grid: Grid, out: Path) -> list[PlannedRun]:
     places = sorted({(one.task, one.data_dir) for one in settings})
     data = {place: _look_at(*place) for place in places}
     names = sorted({one.model_name for one in settings})
-    models = {name: resolve_model(name).sha256 for name in names}
+    models = {name: resolve_model(name) for name in names}
+    there = {path.name.rsplit("-", 1)[-1]: path for path in sorted(out.glob("*-*"))}
     runs: dict[str, PlannedRun] = {}
     for (label, _), one in zip(sets, settings, strict=True):
         fingerprint, rows = data[one.task, one.data_dir]
-        rank_map = sha256_of(find_rank_map(one, models[one.model_name]))
-        key = run_key(one, fingerprint, models[one.model_name], rank_map)
+        model = models[one.model_name]
+        rank_map = sha256_of(find_rank_map(one, model.sha256))
+        key = run_key(one, fingerprint, model.sha256, rank_map)
         if key in runs:
             raise ValueError(f"{runs[key].label} and {label} are the same run")
-        folder = next(out.glob(f"*-{key}"), out / f"{label}-{key}")  # labels may change
+        folder = there.get(key, out / f"{label}-{key}")  # labels may change
         given = {k: v for k, v in asdict(one).items() if k in taken and k not in PLACES}
         work = processes.WorkItem(notebook, folder, given)
         steps = _steps(label, one, rows)
         shared = (steps, *shared_settings(one).items()) if can_be_replica(one) else None
-        runs[key] = PlannedRun(label, key, steps, work, shared)
+        runs[key] = PlannedRun(label, key, steps, work, shared, model)
     return list(runs.values())
 
 
@@ -272,6 +284,8 @@ def _best(grid: Grid, seeds: set[Value]) -> dict[Cell, Parameters]:
 
 def _look_at(task: str, data_dir: str) -> tuple[str, int]:
     data = FAMILIES[task].load_task(task, data_dir)
+    if data.warning():
+        print(data.warning(), flush=True)
     return data.fingerprint, len(data.train)
 
 

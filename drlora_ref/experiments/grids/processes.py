@@ -3,11 +3,13 @@
 submitit starts each pack of runs in a process of its own, here or there. This file says how many
 of them at a time, with how many threads, on which GPU, and what becomes of them when somebody
 interrupts. A process imports what its runs need when it does them: a notebook's kernel trains by
-itself, so the process that waits for it needs no model.
+itself, so the process that waits for it needs no model; and a job must know soon whether the grid
+that started it is still there.
 """
 
 import os
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -17,13 +19,13 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from signal import SIG_BLOCK, SIGINT, pthread_sigmask
 from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 import submitit
 import torch
 
+from drlora_ref.experiments.given import screen
 from drlora_ref.experiments.grids import NotebookError, Value
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ SLURM = {
     "constraint": "slurm_constraint",
 }
 QUEUED = "slurm_job"  # the file that holds the number of the job array that was submitted last
+GRACE = 20  # seconds that a run has to save a checkpoint before it is killed
 YEAR_MIN = 365 * 24 * 60  # submitit ends a local job after two minutes if it is not told otherwise
 
 
@@ -71,33 +74,32 @@ class ProcessWork(submitit.helpers.Checkpointable):
 
         Raises RuntimeError, which says in one line what went wrong in the run.
         """
+        if grid_pid:
+            threading.Thread(target=_end_after, args=(grid_pid,), daemon=True).start()
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the run listens, submitit need not
         os.environ.update(environment)  # the notebook's kernel inherits it
         if "OMP_NUM_THREADS" in environment:  # which torch, imported above, has read already
             torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-        if grid_pid:
-            threading.Thread(target=_end_after, args=(grid_pid,), daemon=True).start()
-        left = [item for item in pack if not _is_done(item)]  # preempted before its end
+        if all(map(_is_done, pack)):  # preempted at its very end
+            return
         try:
-            if len(left) > 1:
-                _run_together(left)
-            elif left:
-                _run_alone(left[0])
+            if len(pack) > 1:
+                _run_together(pack)
+            else:
+                _run_alone(pack[0])
         except NotebookError as error:
             raise RuntimeError(_in_one_line(error.kind, error.what)) from error
         except Exception as error:
             raise RuntimeError(_in_one_line(type(error).__name__, str(error))) from error
 
 
-def _settings(item: WorkItem) -> "Settings":
-    from drlora_ref.experiments.run.settings import Settings
-
-    return Settings(**item.parameters, output_dir=str(item.folder))
-
-
-def _run_together(items: list[WorkItem]) -> None:
+def _run_together(pack: Pack) -> None:
     from drlora_ref.experiments.replicas.many_runs import run_replicas
 
-    run_replicas([_settings(item) for item in items])
+    refused: list[Exception] = []
+    run_replicas([_settings(item) for item in pack], refused)
+    if refused:
+        raise refused[0]
 
 
 def _run_alone(item: WorkItem) -> None:
@@ -111,19 +113,29 @@ def _run_alone(item: WorkItem) -> None:
         run_notebook(item.notebook, item.folder, item.parameters)
 
 
+def _settings(item: WorkItem) -> "Settings":
+    from drlora_ref.experiments.run.settings import Settings
+
+    return Settings(**item.parameters, output_dir=str(item.folder))
+
+
 def _is_done(item: WorkItem) -> bool:
-    return (item.folder / "record.json").exists() and not item.parameters.get("overwrite")
+    from drlora_ref.experiments.run.records import Pending
+
+    done = (item.folder / "record.json").exists() and not item.parameters.get("overwrite")
+    return done and not (item.notebook and Pending(item.folder).given())
 
 
 def _in_one_line(kind: str, message: str) -> str:
-    return f"{kind}: {' '.join(message.split())}"
+    return f"{kind}: {' '.join(screen(message).split())}"
 
 
 def _end_after(grid_pid: int) -> None:
     # A grid that was killed cannot end its jobs, and the next grid must not find them at work.
     while any(parent.pid == grid_pid for parent in psutil.Process().parents()):
         time.sleep(0.5)
-    os._exit(1)  # the kernel notices, and ends too
+    _kill(os.getpid())  # a kernel looks for this process itself, but not while it starts
+    os._exit(1)
 
 
 def starter(cluster: str, logs: Path, workers: int, wishes: dict[str, str | int]) -> Start:
@@ -162,7 +174,7 @@ def on_this_machine(packs: list[Pack], logs: Path, workers: int) -> Ended:
     # A terminal sends Ctrl-C to all processes at once. These threads block it, and so does every
     # process that they start: this process alone hears it, and then ends the others.
     with ThreadPoolExecutor(
-        workers, initializer=pthread_sigmask, initargs=(SIG_BLOCK, {SIGINT})
+        workers, initializer=signal.pthread_sigmask, initargs=(signal.SIG_BLOCK, {signal.SIGINT})
     ) as pool:
         try:  # from the first submit on: the pool's own end waits for whatever has been started
             places = {pool.submit(work, pack): place for place, pack in enumerate(packs)}
@@ -183,10 +195,11 @@ def _start_and_wait(
     slot = slots.get()
     try:
         share = share_of_machine(slot, workers)
-        job = executor.submit(ProcessWork(), pack, share, os.getpid())
+        job, ends = executor.submit(ProcessWork(), pack, share, os.getpid()), 0.0
         while not job.done():
             if stop.is_set():
-                _end(int(job.job_id))
+                ends = ends or time.monotonic() + GRACE
+                (_kill if time.monotonic() > ends else _end)(int(job.job_id))
             time.sleep(0.2)
         return job
     finally:
@@ -194,11 +207,18 @@ def _start_and_wait(
 
 
 def _end(controller: int) -> None:
-    # The child is the process at work. Once it has ended, its kernel ends, and so does submitit's
-    # controller.
+    """Tell the process at work, submitit's child, to save what it has and end."""
     with suppress(psutil.NoSuchProcess):
         for process in psutil.Process(controller).children():
-            process.kill()
+            process.terminate()
+
+
+def _kill(parent: int) -> None:
+    """Kill the process at work and its kernel, or whatever else is below this process."""
+    with suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(parent).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def share_of_machine(slot: int, workers: int) -> dict[str, str]:

@@ -23,6 +23,7 @@ from drlora_ref.experiments.methods.rank_maps import lora_ranks
 from drlora_ref.inject import (
     count_parameters,
     default_target_modules,
+    find_targets,
     head_modules,
     inject_adapters,
     mark_only_adapters_trainable,
@@ -258,7 +259,16 @@ def prepare(method: str, model: nn.Module, schedule: BudgetSchedule, **given: An
     for name in given:
         check_name("parameter of a method", name, sorted(known))
     chosen = METHODS[method]
+    if "target_r" in chosen.budget:
+        _check_rank(model, schedule.init_r)
     return chosen.prepare(model, schedule, **{k: given[k] for k in chosen.own if k in given})
+
+
+def _check_rank(model: nn.Module, r: int) -> None:
+    # More components than that are not linearly independent, and may not fit into memory.
+    for name, matrix in find_targets(model, default_target_modules(model)).items():
+        if r > (most := min(matrix.weight.shape)):
+            raise ValueError(f"rank {r}: {name} can have {most} at most, its smaller side")
 
 
 def check_method(method: str) -> None:

@@ -7,7 +7,7 @@ from peft import PeftModel
 from peft.tuners.adalora import AdaLoraLayer
 from torch import Tensor, nn
 
-from drlora_ref.allocator import check_next_step
+from drlora_ref.allocator import Diverged, check_next_step
 from drlora_ref.schedule import BudgetSchedule
 
 SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # PEFT's: sensitivity, its average, its uncertainty
@@ -32,8 +32,9 @@ class AdaLoRAAllocator:
     optimizer.step() and *before* zero_grad(). The curve is AdaLoRA's own, whatever schedule.curve
     says. And PEFT drops every score up to the k-th smallest: ties cost more than the budget says.
 
-    Raises ValueError if steps are left out, and at t_end if other than target_r components per
-    layer are left: ties, or a PEFT configuration with another total_step than the schedule's.
+    Raises ValueError if steps are left out; Diverged, at a pruning step of the schedule, if a score
+    is NaN or infinite, and at t_end if other than target_r components per layer are left: ties, or
+    a PEFT configuration with another total_step than the schedule's.
     """
 
     def __init__(self, model: PeftModel, schedule: BudgetSchedule):
@@ -54,8 +55,12 @@ class AdaLoRAAllocator:
         self.tuner.update_and_allocate(global_step)
         self.last_step = global_step
         left, due = self.surviving(), self.schedule.target_r * len(self.layers)
+        ipt, unc = (getattr(self.tuner.rankallocator, name) for name in SCORES[1:])
+        scores = [average * unc[name] for name, average in ipt.items()]
+        if self.schedule.prunes_at(global_step) and not all(s.isfinite().all() for s in scores):
+            raise Diverged("AdaLoRA's scores are NaN or infinite: training diverged")
         if global_step == self.schedule.t_end and left != due:
-            raise ValueError(
+            raise Diverged(
                 f"AdaLoRA ends with {left} components, the budget is {due}: scores were tied (a "
                 "collapsed run?), or PEFT's total_step, tinit, tfinal are not the schedule's"
             )

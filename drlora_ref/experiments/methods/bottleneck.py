@@ -19,7 +19,7 @@ class BottleneckAdapter(nn.Module):
     sub-layer's own residual connection and layer norm.
 
     Shapes: x (..., d_in) -> (..., d); W_down (bottleneck, d), W_up (d, bottleneck)
-    Raises ValueError for a bottleneck below 1.
+    Raises ValueError for a bottleneck below 1 or above d.
 
     Choice: σ is GELU, and no layer norm is added; with both biases the counts are the paper's.
     Choice: weights start from N(0, 0.01²), biases at 0 (Houlsby et al.): y ≈ h, but W_down has a
@@ -34,6 +34,10 @@ class BottleneckAdapter(nn.Module):
         super().__init__()
         if bottleneck < 1:
             raise ValueError(f"bottleneck = {bottleneck}: an adapter needs a width of at least 1")
+        if bottleneck > base_layer.out_features:
+            raise ValueError(
+                f"bottleneck = {bottleneck}: must be at most {base_layer.out_features}"
+            )
         self.base_layer = base_layer.requires_grad_(False)
         like = dict(device=base_layer.weight.device, dtype=base_layer.weight.dtype)
         self.down = nn.Linear(base_layer.out_features, bottleneck, **like)

@@ -14,7 +14,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from drlora_ref.allocator import check_next_step, select_components
+from drlora_ref.allocator import Diverged, check_next_step, select_components
 from drlora_ref.schedule import BudgetSchedule
 
 
@@ -76,7 +76,8 @@ class OneCut:
     def step(self, global_step: int) -> None:
         """After optimizer step number global_step: nothing, the cut, or the zeros again.
 
-        Raises ValueError if steps are left out or repeated: the cut would be missed.
+        Raises ValueError if steps are left out or repeated: the cut would be missed; and Diverged
+        if there is nothing to cut, since a factor or a singular value is not finite.
         """
         check_next_step(global_step, self.last_step)
         self.last_step = global_step
@@ -95,6 +96,8 @@ class OneCut:
             As, Bs = (
                 torch.stack(part) for part in zip(*(factors[i] for i in members), strict=True)
             )
+            if not (As.isfinite().all() and Bs.isfinite().all()):  # no SVD takes them
+                raise Diverged("the adapters hold NaN or infinity: training diverged")
             As, Bs, S = balanced_svd(As, Bs)
             for i, A, B, own in zip(members, As, Bs, S, strict=True):
                 factors[i][0].copy_(A)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from drlora_ref.experiments.given import nearest
+from drlora_ref.experiments.given import nearest, shown
 from drlora_ref.inject import default_target_modules, find_targets
 
 
@@ -55,13 +55,15 @@ def check_rank_map(
     """
     if unknown := sorted(set(ranks) - set(matrices), key=str):
         near = nearest(unknown[0], matrices) or "none"
-        raise ValueError(f"rank_map: the model has no matrix {unknown[0]!r} (nearest: {near})")
+        raise ValueError(f"rank_map: the model has no matrix {shown(unknown[0])} (nearest: {near})")
     if missing := [name for name in matrices if name not in ranks]:
         raise ValueError(f"rank_map: no rank for {', '.join(missing)}; 0 means no adapter")
     for name, rank in ranks.items():
         most = min(matrices[name].weight.shape)
         if type(rank) is not int or not 0 <= rank <= most:
-            raise ValueError(f"rank_map: {name}: {rank!r} must be a whole number from 0 to {most}")
+            raise ValueError(
+                f"rank_map: {name}: {shown(rank)} must be a whole number from 0 to {most}"
+            )
     total, budget = sum(ranks.values()), target_r * len(matrices)
     if total != budget:
         raise ValueError(

@@ -101,9 +101,9 @@ class Replicas:
         self.rates.step()
         return torch.stack([loss, torch.stack(norms)], dim=1)
 
-    def allocate(self, step: int, live: list[bool]) -> None:
+    def allocate(self, step: int, live: list[bool]) -> list[bool]:
         """Lines 7-9 of Algorithm 1."""
-        self.allocator.step(step, live)
+        return self.allocator.step(step, live)
 
     def kept(self) -> list[int | None]:
         """As Engine's; LoRA's replicas never prune."""

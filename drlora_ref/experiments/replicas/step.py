@@ -76,33 +76,37 @@ class ReplicaAllocator:
         return drawn.to(c.device)
 
     @torch.no_grad()
-    def step(self, global_step: int, live: list[bool]) -> None:
+    def step(self, global_step: int, live: list[bool]) -> list[bool]:
         """Lines 7-9 of Algorithm 1, after optimizer step number global_step.
 
-        A replica that is not `live` has diverged: it keeps the mask that it has.
+        A replica that is not `live` has diverged: it keeps the mask that it has. So does one whose
+        scores are not finite at a pruning event. Returns whether each one's were.
         """
         schedule = self.schedules[0]  # the steps are those of all
         if schedule.pruning_ended(global_step):
             if self.watch and self.watch.on:
                 self.watch.stop()
-            return zero_pruned(self.layers)
-        scores = self.score()
-        # Of a replica that diverges the scores are not finite; select_components must not see that.
-        self.ema = ema_update(self.ema, scores.where(scores.isfinite(), 0.0), self.beta)
-        if schedule.prunes_at(global_step):
-            self._prune(global_step, torch.tensor(live, device=self.ema.device))
+            zero_pruned(self.layers)
+        else:
+            self.ema = ema_update(self.ema, self.score(), self.beta)
+            if schedule.prunes_at(global_step):
+                return self._prune(global_step, torch.tensor(live, device=self.ema.device))
+        return [True] * len(live)
 
-    def _prune(self, global_step: int, live: Tensor) -> None:
+    def _prune(self, global_step: int, live: Tensor) -> list[bool]:
         layers = len(self.layers)
         keep = [s.keep_count(global_step, layers * s.init_r) for s in self.schedules]
+        sound = self.ema.isfinite().all(dim=1)
         padding = ~self.alive.transpose(0, 1).flatten(1)  # (R, N)
-        ranked = self.ema.masked_fill(padding, BELOW_EVERY_SCORE)
+        ranked = self.ema.where(sound.unsqueeze(1), 0.0)  # the others' order does not matter
+        ranked = ranked.masked_fill(padding, BELOW_EVERY_SCORE)
         best = select_components(ranked, torch.tensor(keep))
         # LoRA's replicas and diverged ones: nothing changes, so their old mask is the new one.
-        changes = (self.prunes & live).unsqueeze(1)
+        changes = (self.prunes & live & sound).unsqueeze(1)
         for layer, part in zip(self.layers.values(), best.chunk(layers, dim=1), strict=True):
             layer.component_mask.copy_(torch.where(changes, part, layer.component_mask))
         zero_pruned(self.layers)
+        return (sound | ~self.prunes).tolist()  # LoRA has no scores
 
     def ranks(self) -> Tensor:
         """Surviving components of every layer: (layers, R)."""

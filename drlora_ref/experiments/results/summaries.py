@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 from scipy.stats import t as student
 
+from drlora_ref.experiments.given import place
 from drlora_ref.experiments.methods import METHODS
 from drlora_ref.experiments.results.paper import budget_name, table
 from drlora_ref.experiments.run.records import read_record
@@ -20,7 +21,7 @@ from drlora_ref.schedule import BudgetSchedule
 NEEDED = ("task", "method", "status", "best", "evaluations", "steps", "total_steps")
 STATISTICS = ("mean", "std", "n", "ci_low", "ci_high")
 COSTS = ("surviving_components", "seconds", "peak_memory_mib")
-SAME_INPUTS = ("data_fingerprint", "model_sha256", "train_size")
+SAME_INPUTS = ("data_fingerprint", "model_sha256", "model_files", "train_size")
 
 
 def load(*folders: str | Path, each_at_its_best: bool = False) -> pd.DataFrame:
@@ -54,7 +55,7 @@ def load(*folders: str | Path, each_at_its_best: bool = False) -> pd.DataFrame:
 
 def _find(folders: Iterable[str | Path]) -> Iterable[Path]:
     for folder in folders:
-        found = list(Path(folder).rglob("record.json"))
+        found = list(place(folder).rglob("record.json"))
         if not found:
             raise FileNotFoundError(f"no record.json in or below {folder}")
         yield from found
@@ -88,8 +89,14 @@ def _row(path: Path, each_at_its_best: bool) -> dict:
         "code": record.get("code", ""),
         "data_fingerprint": record.get("data", {}).get("fingerprint", ""),
         "model_sha256": record.get("model", {}).get("sha256", ""),
+        "model_files": _model_files(record.get("model", {})),
         "folder": str(path.parent),
     }
+
+
+def _model_files(model: dict) -> str | None:
+    names = "config_sha256", "tokenizer_sha256"
+    return " ".join(model[name] for name in names) if set(names) <= set(model) else None
 
 
 def arm_name(parameters: dict) -> str:

@@ -1,24 +1,35 @@
 """Everything a run needs to go on after it was killed, in one file that is whole or not there."""
 
 import random
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from drlora_ref.experiments.given import screen, shown
 from drlora_ref.experiments.run.records import UNFINISHED, whole_file
+
+CHECKPOINT = "checkpoint.pt"
 
 
 class Checkpoint:
     """The file checkpoint.pt in a run's folder.
 
     `configuration` is what the run was started with (parameters; hashes of data, model and code;
-    device and processes): a checkpoint of another one is refused, not adapted.
+    device and processes): a checkpoint of another one is refused, not adapted. `runs` is kept
+    beside it and not compared: of a pack of replicas, {key: parameters} of each.
     """
 
-    def __init__(self, folder: str | Path, configuration: dict[str, Any]):
-        self.path, self.configuration = Path(folder) / "checkpoint.pt", configuration
+    def __init__(
+        self,
+        folder: str | Path,
+        configuration: dict[str, Any],
+        runs: dict[str, dict] | None = None,
+    ):
+        self.path, self.configuration = Path(folder) / CHECKPOINT, configuration
+        self.runs = runs or {}
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint; one that is there stays until the new one is on the disk.
@@ -27,7 +38,9 @@ class Checkpoint:
         """
         try:
             with whole_file(self.path, overwrite=True) as file:
-                torch.save({"configuration": self.configuration, "state": state}, file)
+                torch.save(
+                    {"configuration": self.configuration, "runs": self.runs, "state": state}, file
+                )
         except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into the latter
             left = "the one before it is whole" if self.path.exists() else "there is none before it"
             raise OSError(
@@ -42,12 +55,17 @@ class Checkpoint:
         two differ. Files that a killed run left half-written are removed.
         """
         for leftover in self.path.parent.glob(f"{UNFINISHED}*"):
-            leftover.unlink(missing_ok=True)
+            if not leftover.is_dir():
+                leftover.unlink(missing_ok=True)
         if not self.path.exists():
             return None
         try:
+            # torch writes a checksum beside every tensor and does not look at it.
+            with zipfile.ZipFile(self.path) as archive:
+                if bad := archive.testzip():
+                    raise zipfile.BadZipFile(f"bits of {bad} have changed")
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
-            there, state = saved["configuration"], saved["state"]
+            there, state = dict(saved["configuration"]), dict(saved["state"])
         except Exception as error:  # a cut or altered file fails in as many ways as there are bytes
             raise ValueError(
                 f"{self.path} is damaged ({type(error).__name__}): remove it and the run starts "
@@ -56,17 +74,25 @@ class Checkpoint:
         names = sorted(there.keys() | self.configuration.keys())
         differ = [n for n in names if there.get(n) != self.configuration.get(n)]
         if differ:
-            listed = ", ".join(f"{n}: {there.get(n)!r}" for n in differ)
-            here = ", ".join(f"{n}: {self.configuration.get(n)!r}" for n in differ)
+            listed = ", ".join(f"{n}: {shown(there.get(n))}" for n in differ)
+            here = ", ".join(f"{n}: {shown(self.configuration.get(n))}" for n in differ)
             raise ValueError(
-                f"{self.path} is of another run ({listed}; now {here}): take another output_dir, "
-                "or remove it and start over"
+                f"{self.path} is of another run ({screen(f'{listed}; now {here}')}): take another "
+                "output_dir, or remove it and start over"
             )
         return state
 
     def remove(self) -> None:
         """Delete the file: the run has its record."""
         self.path.unlink(missing_ok=True)
+
+
+def runs_in(path: str | Path) -> dict[str, dict]:
+    """{key: parameters} of the replicas whose checkpoint this is; {} for any other file."""
+    try:  # mapped: none of its tensors is read
+        return dict(torch.load(path, weights_only=True, mmap=True)["runs"])
+    except Exception:  # damaged, or of another format: load() is what says so
+        return {}
 
 
 def random_state() -> dict[str, Any]:

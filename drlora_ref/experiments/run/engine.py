@@ -10,6 +10,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from drlora_ref.allocator import Diverged
 from drlora_ref.experiments.methods import Prepared, count_trainable, rank_pattern
 from drlora_ref.experiments.run.order import Numbers
 from drlora_ref.experiments.run.settings import Settings
@@ -31,8 +32,11 @@ class Engine(Protocol):
         stay until the next step, since AdaLoRA's scores need them.
         """
 
-    def allocate(self, step: int, live: list[bool]) -> None:
-        """Lines 7-9, for the runs that are `live`: one that diverged keeps the mask it has."""
+    def allocate(self, step: int, live: list[bool]) -> list[bool]:
+        """Lines 7-9, for the runs that are `live`: one that diverged keeps the mask it has.
+
+        Returns whether each run's scores were finite; where one's were not, it keeps its mask too.
+        """
 
     def kept(self) -> list[int | None]:
         """Surviving components of each run; None where the method never prunes."""
@@ -107,10 +111,14 @@ class OneModel:
             loss = self.accelerator.reduce(loss, "mean")
         return torch.stack([loss, norm]).unsqueeze(0)
 
-    def allocate(self, step: int, live: list[bool]) -> None:
+    def allocate(self, step: int, live: list[bool]) -> list[bool]:
         """Lines 7-9 of Algorithm 1, where the method has an allocator."""
-        if self.prepared.allocator:
-            self.prepared.allocator.step(step)
+        try:
+            if self.prepared.allocator:
+                self.prepared.allocator.step(step)
+        except Diverged:
+            return [False]
+        return [True]
 
     def kept(self) -> list[int | None]:
         """Surviving components in all; None without an allocator."""

@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from drlora_ref.experiments.run.checkpoints import Checkpoint, random_state, set_random_state
 from drlora_ref.experiments.run.engine import Engine
-from drlora_ref.experiments.run.order import Order
-from drlora_ref.experiments.run.records import peak_memory_mib
+from drlora_ref.experiments.run.order import Numbers, Order
+from drlora_ref.experiments.run.records import environment, peak_memory_mib
 from drlora_ref.experiments.run.settings import Settings
+from drlora_ref.experiments.run.termination import Hearing
 from drlora_ref.experiments.tasks.data import Final
 from drlora_ref.schedule import BudgetSchedule
 from drlora_ref.train import CHECK_EVERY
@@ -30,8 +31,9 @@ class History:
     """What one run has shown so far. It ends where the run is flagged.
 
     losses, norms: of each step, the loss and the length of the gradient before clipping.
-    flagged_at: the first step in which one of them was NaN or infinite. before: the evaluation
-    before training. kept: [step, surviving components] of each pruning event.
+    flagged_at: the first step in which one of them was NaN or infinite, or the pruning event at
+    which a score was. before: the evaluation before training. kept: [step, surviving components]
+    of each pruning event.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -57,6 +59,7 @@ class Trained:
 
     final: what its last model was asked; None if the run diverged.
     seconds, evaluation_seconds and peak_memory_mib are of all `replicas` together.
+    earlier_environments: what the run was trained in before it went on elsewhere, and until when.
     """
 
     history: History
@@ -66,6 +69,7 @@ class Trained:
     seconds: float
     evaluation_seconds: float
     peak_memory_mib: int
+    earlier_environments: list[dict] = field(default_factory=list)
 
 
 class Loop:
@@ -74,7 +78,10 @@ class Loop:
     All runs take their steps together, so they have one calendar: `schedule` says when they prune
     (their budgets may differ), `settings.checkpoint_every` when they are saved (0: at the end of
     each epoch only). A run whose loss or gradient norm is not finite is flagged at the next look,
-    at most 10 steps later, and never allocated, pruned or evaluated again; the others go on.
+    at most 10 steps later, and never allocated, pruned or evaluated again; the others go on. So is
+    one whose scores are not finite, at the pruning event that they are for.
+
+    SIGTERM ends it after the step that is being taken, once that is saved.
     """
 
     def __init__(
@@ -92,6 +99,8 @@ class Loop:
         self.histories = [History() for _ in order.generators]
         self.unread: list[Tensor] = []  # (R, 2) of each step since the last look
         self.seconds = self.evaluation_seconds = 0.0
+        self.environment = environment(accelerator.device.type)
+        self.earlier_environments: list[dict] = []
 
     @property
     def live(self) -> list[bool]:
@@ -99,7 +108,12 @@ class Loop:
         return [history.flagged_at is None for history in self.histories]
 
     def run(self) -> list[Trained]:
-        """Train to the end; returns what became of each run."""
+        """Train to the end; returns what became of each run. Raises Terminated after SIGTERM."""
+        with Hearing() as hearing:
+            self._train(hearing)
+        return [self._trained(i, final) for i, final in enumerate(self._final())]
+
+    def _train(self, hearing: Hearing) -> None:
         if self.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self._resume()
@@ -107,21 +121,41 @@ class Loop:
             for history, found in zip(self.histories, self.engine.evaluate(), strict=True):
                 history.before = found
         self.began, T = time.perf_counter() - self.seconds, self.schedule.total_steps
+        groups = self.order.groups()
         bar = tqdm(total=T, initial=self.step, disable=None, desc="steps")  # only on a terminal
-        groups, every = self.order.groups(), self.settings.checkpoint_every
-        while self.step < T and any(self.live):
-            self.step += 1
-            self.unread.append(self.engine.optimizer_step(self.step, next(groups)))
-            evaluates = self.step % self.order.steps_per_epoch == 0 or self.step == T
-            saves = evaluates or bool(every and self.step % every == 0)
-            if saves or self.step % CHECK_EVERY == 0 or self.schedule.prunes_at(self.step):
-                self._look()
-            if any(live := self.live):
-                self._allocate(live)
-                self._after(evaluates, saves)
-            bar.update()
-        bar.close()
-        return [self._trained(i, final) for i, final in enumerate(self._final())]
+        with bar:
+            while self.step < T and any(self.live):
+                if self._take_step(next(groups), hearing) and self.step < T and any(self.live):
+                    hearing.answer(
+                        f"SIGTERM: a checkpoint is saved after step {self.step} of {T}, and the "
+                        "same command goes on from there"
+                    )
+                bar.update()
+
+    def _take_step(self, group: list[Numbers], hearing: Hearing) -> bool:
+        """A step and all that is due after it; returns whether the process was told to end."""
+        self.step += 1
+        self.unread.append(self.engine.optimizer_step(self.step, group))
+        told, every = self._told(hearing), self.settings.checkpoint_every
+        ends = self.step == self.schedule.total_steps
+        evaluates = self.step % self.order.steps_per_epoch == 0 or ends
+        saves = evaluates or told or bool(every and self.step % every == 0)
+        if saves or self.step % CHECK_EVERY == 0 or self.schedule.prunes_at(self.step):
+            self._look()
+        if any(live := self.live):
+            self._allocate(live)
+        if any(self.live):
+            self._after(evaluates, saves)
+        return told
+
+    def _told(self, hearing: Hearing) -> bool:
+        """Whether to end after this step: all processes after the same one."""
+        if self.accelerator.num_processes == 1:
+            return bool(hearing.told)
+        if self.step % CHECK_EVERY:
+            return False
+        told = torch.tensor(float(bool(hearing.told)), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(told, "sum"))
 
     def _look(self) -> None:
         """Fetch the numbers of the steps since the last look, and flag what is not finite."""
@@ -130,17 +164,23 @@ class Loop:
         for i, (history, own) in enumerate(zip(self.histories, steps, strict=True)):
             if history.flagged_at is None:
                 history.add(own)
-                if history.flagged_at and len(self.histories) > 1:
-                    print(f"replica {i} diverged at step {history.flagged_at}; the others go on")
+                if history.flagged_at:
+                    self._say_diverged(i)
 
     def _allocate(self, live: list[bool]) -> None:
-        self.engine.allocate(self.step, live)
-        if self.schedule.prunes_at(self.step):
-            for history, goes_on, kept in zip(
-                self.histories, live, self.engine.kept(), strict=True
-            ):
-                if goes_on and kept is not None:
-                    history.kept.append([self.step, kept])
+        sound = self.engine.allocate(self.step, live)
+        if not self.schedule.prunes_at(self.step):
+            return
+        for i, (history, kept) in enumerate(zip(self.histories, self.engine.kept(), strict=True)):
+            if live[i] and not sound[i]:
+                history.flagged_at = self.step
+                self._say_diverged(i)
+            elif live[i] and kept is not None:
+                history.kept.append([self.step, kept])
+
+    def _say_diverged(self, i: int) -> None:
+        if len(self.histories) > 1:
+            print(f"replica {i} diverged at step {self.histories[i].flagged_at}; the others go on")
 
     def _after(self, evaluates: bool, saves: bool) -> None:
         if evaluates:
@@ -192,6 +232,7 @@ class Loop:
                     "random": random_states,
                     "histories": [vars(history) for history in self.histories],
                     "seconds": (self.seconds, self.evaluation_seconds),
+                    "environments": [*self.earlier_environments, self.environment],
                 }
             )
         self.accelerator.wait_for_everyone()
@@ -209,7 +250,12 @@ class Loop:
         self.histories = [History(**history) for history in state["histories"]]
         self.seconds, self.evaluation_seconds = state["seconds"]
         set_random_state(state["random"][rank])
-        self.accelerator.print(f"goes on after step {self.step}")
+        *self.earlier_environments, before = state["environments"]
+        changed = {k: v for k, v in before.items() if v != self.environment.get(k)}
+        if changed:
+            self.earlier_environments.append({"until_step": self.step, **before})
+        words = ", ".join(f"{k} {v}, now {self.environment.get(k)}" for k, v in changed.items())
+        self.accelerator.print(f"goes on after step {self.step}{words and f', until then {words}'}")
 
     def _trained(self, i: int, final: Final | None) -> Trained:
         return Trained(
@@ -220,6 +266,7 @@ class Loop:
             self.seconds,
             self.evaluation_seconds,
             peak_memory_mib(self.accelerator.device),
+            self.earlier_environments,
         )
 
 

@@ -26,7 +26,7 @@ from drlora_ref.experiments.run.loop import Loop, Trained
 from drlora_ref.experiments.run.order import make_order
 from drlora_ref.experiments.run.rank_maps import RankMap, find_rank_map, sha256_of
 from drlora_ref.experiments.run.settings import NOT_IN_KEY, PRECISIONS, Settings, run_key
-from drlora_ref.experiments.sources.models import ModelSource, resolve_model
+from drlora_ref.experiments.sources.models import ModelSource, check_together, resolve_model
 from drlora_ref.experiments.tasks.data import Inputs, TaskData
 from drlora_ref.experiments.tasks.families import FAMILIES
 from drlora_ref.schedule import BudgetSchedule
@@ -83,14 +83,15 @@ def rows_of(settings: Settings) -> dict:
     return {name: getattr(settings, name) for name in names} | {"drawn_with": drawn_with}
 
 
-def set_up(settings: Settings, like: ReadyRun | None = None) -> ReadyRun:
+def set_up(settings: Settings, like: ReadyRun | None = None, may_be_done: bool = False) -> ReadyRun:
     """Look everything up, load data and model, and put the method's parameters into the model.
 
-    Where the rows are those of the run `like`, its encoded data are taken.
+    Where the rows are those of the run `like`, its encoded data are taken. `may_be_done`: there may
+    be a record, as of one of several replicas.
     Raises, before any training: FileExistsError (there is a record), ValueError, FileNotFoundError,
     ImportError or ConnectionError (a name, a number, a file or the hub), as the parts do.
     """
-    folder = records.check_output_dir(settings.output_dir, settings.overwrite)
+    folder = records.check_output_dir(settings.output_dir, settings.overwrite or may_be_done)
     family = FAMILIES[settings.task]
     source = resolve_model(settings.model_name)
     rank_map = find_rank_map(settings, source.sha256)
@@ -102,8 +103,11 @@ def set_up(settings: Settings, like: ReadyRun | None = None) -> ReadyRun:
     # What does not fit together shows before the data is encoded.
     settings.schedule(settings.total_steps(len(data.train)))
     accelerator = make_accelerator(settings.precision)
+    if data is not (like and like.data) and data.warning():
+        accelerator.print(data.warning(), flush=True)
     set_seed(settings.seed)
     model, tokenizer = family.load_model(source, settings.task)
+    check_together(source, model, tokenizer)
     if inputs is None:
         options = {name: getattr(settings, name) for name in family.OPTIONS}
         inputs = family.make_inputs(data, tokenizer, **options)
@@ -135,7 +139,8 @@ def train(run: ReadyRun) -> Trained:
     """Train to the end, from the checkpoint if there is one.
 
     Raises ValueError for a checkpoint that is damaged or of another run, OSError where none can
-    be written, BlockingIOError if another process is at work in the folder.
+    be written, BlockingIOError if another process is at work in the folder, Terminated after
+    SIGTERM.
     """
     settings, accelerator = run.settings, run.accelerator
     with claim(run.folder) if accelerator.is_main_process else nullcontext():
@@ -157,17 +162,21 @@ def _checkpoint(run: ReadyRun) -> Checkpoint:
             "data": run.data.fingerprint,
             "model": run.source.sha256,
             "rank_map": sha256_of(run.rank_map),
-            **circumstances(run.accelerator),
+            **circumstances(run),
         },
     )
 
 
-def circumstances(accelerator: Accelerator) -> dict:
-    """By what code and on what machine a run trains; a run is not continued by another.
+def circumstances(run: ReadyRun) -> dict:
+    """With what model files, by what code and on what machine a run trains.
 
-    Else its record would claim the code and the device of the last few steps for all of them.
+    A run is not continued by another: its record would claim those of the last few steps for all
+    of them. Versions of libraries may change: a record names them all.
     """
+    accelerator = run.accelerator
     return {
+        "config.json": run.source.config_sha256,
+        "tokenizer": run.source.tokenizer_sha256,
         "code": code_hash(),
         "device": accelerator.device.type,
         "mixed_precision": accelerator.mixed_precision,
@@ -188,6 +197,8 @@ def claim(folder: Path) -> Iterator[None]:
         raise BlockingIOError(
             f"{folder} is in use by another process: wait for it, or take another folder"
         ) from None
+    except OSError as error:  # a link, a folder, a disk that is full
+        raise OSError(f"{folder / LOCK} cannot be locked ({error.strerror}): remove it") from None
     try:
         yield
     finally:
@@ -195,15 +206,30 @@ def claim(folder: Path) -> Iterator[None]:
 
 
 def write(run: ReadyRun, trained: Trained) -> records.Record:
-    """Write predictions and record of a run and drop its checkpoint; returns the record."""
+    """Write predictions and record of a run and drop its checkpoint; returns the record.
+
+    In a notebook that run_notebook executes, the checkpoint stays until the notebook has ended.
+    """
+    record = write_results(run, trained)
+    if run.accelerator.is_main_process and not records.is_of(records.NOTEBOOK, run.folder):
+        _checkpoint(run).remove()
+    return record
+
+
+def write_results(run: ReadyRun, trained: Trained) -> records.Record:
+    """Write predictions and record of a run; returns the record.
+
+    Where a notebook is finished that was killed after this, it is the record that is there.
+    """
     record = make_record(run, trained)
     if run.accelerator.is_main_process:
         records.check_output_dir(run.folder, run.settings.overwrite)
+        if earlier := records.earlier_record(run.folder):
+            return earlier
         if trained.final and trained.final.predictions:
             written = records.write_predictions(trained.final.predictions, run.folder)
             record["predictions"] = written
         records.write_record(record, run.folder, run.settings.overwrite)
-        _checkpoint(run).remove()
     return record
 
 
@@ -226,6 +252,7 @@ def make_record(run: ReadyRun, trained: Trained) -> records.Record:
         "seconds": round(trained.seconds, 2),
         "evaluation_seconds": round(trained.evaluation_seconds, 2),
         "peak_memory_mib": trained.peak_memory_mib,
+        "earlier_environments": trained.earlier_environments,
         **_what_went_in(run),
     }
     if trained.replicas > 1:
@@ -237,15 +264,8 @@ def _what_went_in(run: ReadyRun) -> dict:
     settings, accelerator, rank_map = run.settings, run.accelerator, run.rank_map
     return {
         "seed": settings.seed,
-        "data": {
-            "source": records.without_place(run.data.source),
-            "fingerprint": run.data.fingerprint,
-            "train": len(run.data.train),
-        },
-        "model": {
-            "source": records.without_place(run.source.source),
-            "sha256": run.source.sha256,
-        },
+        "data": records.without_places(run.data.about()),
+        "model": records.without_places(run.source.about()),
         "environment": {
             **records.environment(accelerator.device.type),
             "processes": accelerator.num_processes,
@@ -254,7 +274,7 @@ def _what_went_in(run: ReadyRun) -> dict:
         "code": code_hash(),
         "key": run.key,
         "rank_map": rank_map and {"source": rank_map.source, "sha256": sha256_of(rank_map)},
-        "parameters": asdict(settings) | {"rank_map": records.without_place(settings.rank_map)},
+        "parameters": records.without_places(asdict(settings)),
     }
 
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from drlora_ref.experiments.given import read_yaml
+from drlora_ref.experiments.given import place, read_yaml
 from drlora_ref.experiments.run.records import read_record
 from drlora_ref.experiments.run.settings import Settings
 
@@ -44,7 +44,7 @@ def find_rank_map(settings: Settings, model_sha256: str) -> RankMap | None:
     """
     if not settings.rank_map:
         return None
-    path = Path(settings.rank_map).expanduser()
+    path = place(settings.rank_map)
     if path.is_dir() and not (path / "record.json").exists():
         return _next_in(path, settings.seed, model_sha256)
     if path.is_dir():
@@ -77,12 +77,13 @@ def _next_in(folder: Path, seed: int, model_sha256: str) -> RankMap:
 
 
 def _of_record(path: Path, record: dict, model_sha256: str) -> RankMap:
-    if not record.get("rank_pattern"):
-        raise ValueError(f"rank_map: {path} is of a method without ranks")
-    theirs = record.get("model", {}).get("sha256", "")
+    ranks, model = record.get("rank_pattern"), record.get("model", {})
+    if not isinstance(ranks, dict) or not ranks or not isinstance(model, dict):
+        raise ValueError(f"rank_map: {path} is of a method without ranks, or no record")
+    theirs = str(model.get("sha256", ""))
     if theirs != model_sha256:
         raise ValueError(
             f"rank_map: {path} is of another model (sha256 {theirs[:12]}, here {model_sha256[:12]})"
         )
     seed = record.get("seed", "unknown")
-    return RankMap(record["rank_pattern"], f"run {path.resolve().parent.name}, seed {seed}")
+    return RankMap(ranks, f"run {path.resolve().parent.name}, seed {seed}")

@@ -12,13 +12,14 @@ import sys
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import psutil
 import torch
 
 import drlora_ref
+from drlora_ref.experiments.given import place, read_json, screen, shown
 
 
 class Record(TypedDict, total=False):
@@ -55,9 +56,10 @@ class Record(TypedDict, total=False):
     replicas: int  # runs that shared the pass; seconds and memory are then of all of them
     # What went in
     seed: int
-    data: dict[str, Any]  # source, fingerprint, train (examples)
-    model: dict[str, str]  # source, sha256 (of its weights)
+    data: dict[str, Any]  # source, fingerprint, train (examples), also_in_train ({split: rows})
+    model: dict[str, str]  # source, sha256 (of its weights), config_sha256, tokenizer_sha256
     environment: dict[str, Any]  # versions, device, threads, processes, precision
+    earlier_environments: list[dict]  # of a run that went on elsewhere: until_step, and the same
     code: str  # one_run.code_hash
     key: str  # settings.run_key
     rank_map: dict[str, str] | None  # what the run was given: source, sha256
@@ -66,31 +68,83 @@ class Record(TypedDict, total=False):
 
 PREDICTIONS = "predictions.npz"
 UNFINISHED = ".unfinished-"  # how the name of a file begins that is still being written
+PENDING = ".notebook"  # a file in a folder whose notebook has not come to its end, see Pending
+# Of the process that executes a notebook: its folder, and the folder whose notebook it finishes.
+NOTEBOOK, FINISHES = "DRLORA_NOTEBOOK", "DRLORA_FINISHES"
 TAKEN = "{} holds a record already: pass overwrite=True or take another output_dir"
 
 
 def check_output_dir(output_dir: str | Path, overwrite: bool = False) -> Path:
     """The folder, made if need be; call it before the work whose record it is to hold.
 
-    Raises FileExistsError if it holds a record already, OSError if nothing can be written there.
+    Raises FileExistsError if it holds a record already, OSError if nothing can be written there. A
+    record of this very notebook, which was killed before its end, is no hindrance.
     """
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not overwrite and (folder / "record.json").exists():
+    folder = place(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(f"{folder} is not a folder: take another output_dir") from None
+    if not overwrite and os.path.lexists(folder / "record.json") and not is_of(FINISHES, folder):
         raise FileExistsError(TAKEN.format(folder / "record.json"))
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder} cannot be written to: take another output_dir")
     return folder
 
 
+class Pending:
+    """The file PENDING: what a notebook was given, from its start to its end.
+
+    It also names the record that was there before, which the notebook may have been told to
+    replace: so a record of its own is told from that one.
+    """
+
+    def __init__(self, folder: Path):
+        self.path, self.record = folder / PENDING, folder / "record.json"
+
+    def begin(self, given: list) -> None:
+        """Note what the notebook is given; JSON."""
+        with whole_file(self.path, overwrite=True) as file:
+            file.write(json.dumps({"given": given, "replaces": self._record()}).encode())
+
+    def given(self) -> list | None:
+        """What was given to a notebook that has its record but not its end; else None."""
+        if not self.path.is_file() or not self._record():
+            return None
+        found = read_json(self.path)
+        return found["given"] if found["replaces"] != self._record() else None
+
+    def end(self) -> None:
+        """The notebook has come to its end."""
+        self.path.unlink(missing_ok=True)
+
+    def _record(self) -> str:
+        return hashlib.sha256(self.record.read_bytes()).hexdigest() if self.record.is_file() else ""
+
+
+def is_of(variable: str, folder: Path) -> bool:
+    """Whether NOTEBOOK or FINISHES names this folder."""
+    return os.environ.get(variable) == str(folder.resolve())
+
+
+def earlier_record(output_dir: str | Path) -> Record | None:
+    """The record of this notebook, if it was killed after it had written that; else None."""
+    folder = place(output_dir)
+    return cast(Record, read_record(folder)) if is_of(FINISHES, folder) else None
+
+
 def write_record(record: dict, output_dir: str | Path, overwrite: bool = False) -> Path:
     """Write record.json in one go; without `overwrite` a record that is there stays as it is.
 
+    Absolute paths are cut to their last name, as without_place does it.
     Raises ValueError naming the key whose value is not JSON (NaN is not), FileExistsError.
     """
+    record = without_places(record)
     _check_json(record, "record")
     text = json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     target = check_output_dir(output_dir, overwrite) / "record.json"
+    if is_of(FINISHES, target.parent):
+        return target
     try:
         with whole_file(target, overwrite) as file:
             file.write(text.encode())
@@ -173,18 +227,22 @@ def _check_json(value, key: str) -> None:
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{key} = {value}: JSON has no such number")
     elif not isinstance(value, str | int | float | None):
-        raise ValueError(f"{key} = {value!r}: not JSON (keys must be words, arrays become lists)")
+        raise ValueError(
+            f"{key} = {shown(value)}: not JSON (keys must be words, arrays become lists)"
+        )
 
 
 def read_record(path: str | Path) -> dict:
     """The record in a file, or in a folder's record.json; ValueError if it is cut short."""
-    path = Path(path, "record.json") if Path(path).is_dir() else Path(path)
+    path = place(path) / "record.json" if place(path).is_dir() else place(path)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         _check_json(record, "record")
-        return record
-    except ValueError as error:
-        raise ValueError(f"{path} is not a whole, strict JSON record: {error}") from None
+        if isinstance(record, dict):
+            return record
+        raise ValueError(f"{shown(record)} must be an object, {{...}}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a whole, strict JSON record: {screen(error)}") from None
 
 
 def environment(device: str = "") -> dict[str, str | int]:
@@ -210,10 +268,21 @@ def environment(device: str = "") -> dict[str, str | int]:
 def without_place(source: str) -> str:
     """A source of data or of a model, with an absolute path cut to its last name.
 
-    >>> without_place("GLUE folder /home/somebody/glue (4 incomplete rows dropped)")
+    >>> without_place("GLUE folder /home/some body/glue (4 incomplete rows dropped)")
     'GLUE folder glue (4 incomplete rows dropped)'
+    >>> without_place("/glue"), without_place("~/glue"), without_place("../glue")
+    ('glue', '~/glue', '../glue')
     """
-    return re.sub(r"(?<!\S)/\S*/(?=\S)", "", source)
+    return re.sub(r"(?<!\S)/(.*/)?(?=[^/\s])", "", source)
+
+
+def without_places(value: Any) -> Any:
+    """without_place of every word in a record."""
+    if isinstance(value, str):
+        return without_place(value)
+    if isinstance(value, dict):
+        return {name: without_places(item) for name, item in value.items()}
+    return [without_places(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def peak_memory_mib(device: torch.device) -> int:

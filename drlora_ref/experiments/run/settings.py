@@ -5,11 +5,10 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 
-from drlora_ref.experiments.given import check_kind, check_name
+from drlora_ref.experiments.given import check_kind, check_name, shown
 from drlora_ref.experiments.methods import METHODS, check_method
 from drlora_ref.experiments.tasks.families import FAMILIES
 from drlora_ref.importance import SCORES
@@ -77,23 +76,26 @@ class Settings:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            check_kind(field.name, getattr(self, field.name), field.default)
-            if type(field.default) is float:  # a whole number will do; in the key it is the same
-                object.__setattr__(self, field.name, float(getattr(self, field.name)))
+            value = getattr(self, field.name)
+            check_kind(field.name, value, field.default)
+            # In the key a whole number is the same as a float, and -0.0 as 0.0. A whole number that
+            # is too large for a float is out of range.
+            if type(field.default) is float and abs(value) <= HUGE:
+                object.__setattr__(self, field.name, value + 0.0)
         check_name("task", self.task, FAMILIES)
         check_method(self.method)
         check_name("precision", self.precision, PRECISIONS)
         check_name("scoring", self.scoring, SCORINGS)
         check_name("score", self.score, SCORES)
         check_name("penalty", self.penalty, PENALTIES)
-        for names, holds, words in RANGES:
+        for names, (least, most), words in RANGES:
             for name in names.split():
                 value = getattr(self, name)
-                if not holds(value) or (type(value) is int and value >= 2**63):
-                    raise ValueError(f"{name} = {value}: must be {words}")
+                if not least <= value <= most:  # nor is NaN
+                    raise ValueError(f"{name} = {shown(value)}: must be {words}")
         if self.rank_map and "rank_map" not in METHODS[self.method].own:
             raise ValueError(
-                f"rank_map = {self.rank_map!r}: only lora takes one, not {self.method}"
+                f"rank_map = {shown(self.rank_map)}: only lora takes one, not {self.method}"
             )
         if self.permute_map and not self.rank_map:
             raise ValueError(f"permute_map = {self.permute_map}: there is no rank_map to permute")
@@ -133,22 +135,25 @@ def steps_of(share: float, total_steps: int) -> int:
     return int(Fraction(str(share)) * total_steps)
 
 
-# (parameters, what holds for each, the same in words)
-RANGES: list[tuple[str, Callable[[float], bool], str]] = [
-    (
-        "seed max_steps train_size holdout permute_map stride checkpoint_every",
-        lambda n: n >= 0,
-        "0 or more",
-    ),
+MOST = 2**63 - 1  # that a tensor's size can be
+HUGE = 1e37  # float32 ends at 3e38, and AdamW takes ten times the learning rate
+# (parameters, the least and the greatest value of each, the same in words)
+RANGES: list[tuple[str, tuple[float, float], str]] = [
+    ("seed", (0, 2**32 - 1), "0 or more, and less than 2**32"),
+    ("max_steps train_size holdout permute_map stride checkpoint_every", (0, MOST), "0 or more"),
     (
         "init_r target_r bottleneck batch_size epochs max_length deltaT grad_accumulation "
         "eval_batch_size summary_length num_beams",
-        lambda n: n >= 1,
-        "at least 1",
+        (1, MOST),
+        "at least 1, and less than 2**63",
     ),
-    ("dem_weight weight_decay", lambda x: 0 <= x < math.inf, "a number, 0 or more"),
-    ("learning_rate lora_alpha max_grad_norm", lambda x: 0 < x < math.inf, "a number above 0"),
-    ("beta lora_dropout warmup tinit tfinal", lambda x: 0 <= x < 1, "at least 0 and less than 1"),
+    ("dem_weight weight_decay", (0, HUGE), "a number, 0 or more, at most 1e37"),
+    ("learning_rate lora_alpha max_grad_norm", (5e-324, HUGE), "a number above 0, at most 1e37"),
+    (
+        "beta lora_dropout warmup tinit tfinal",
+        (0, math.nextafter(1, 0)),
+        "at least 0 and less than 1",
+    ),
 ]
 
 # Where a run is kept, and how often it is saved, does not change what it is.

@@ -4,18 +4,20 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import huggingface_hub
 import torch
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -29,14 +31,15 @@ from transformers import (
 )
 from transformers.utils import logging as progress
 
-from drlora_ref.experiments.given import nearest
+from drlora_ref.experiments.given import nearest, place, read_json, screen
 from drlora_ref.experiments.sources.hub import fetch_from_hub
 from drlora_ref.experiments.sources.words import vocabulary
 from drlora_ref.inject import in_head
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")  # any one of these will do
-FILES = ["config.json", "model.safetensors", "tokenizer*", "merges.txt", "special*", *TOKENIZERS]
+OF_TOKENIZERS = ("tokenizer*", "merges.txt", "special*", *TOKENIZERS)
+FILES = ["config.json", "model.safetensors", *OF_TOKENIZERS]
 
 # Random models of two layers, whose tokenizers know every word of the generated sets.
 TINY = {
@@ -53,12 +56,22 @@ OWN = ("minilm-l6", *TINY)  # models that need no hub
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model on this disk; `source` says where it came from, `sha256` is of its weights."""
+    """A model on this disk; `source` says where it came from, `sha256` is of its weights.
+
+    config_sha256 and tokenizer_sha256, in 12 digits, are of all that is read beside the weights.
+    """
 
     name: str
     path: str
     source: str
     sha256: str
+    config_sha256: str = ""
+    tokenizer_sha256: str = ""
+
+    def about(self) -> dict[str, str]:
+        """What a record says of its model."""
+        names = ("source", "sha256", "config_sha256", "tokenizer_sha256")
+        return {name: getattr(self, name) for name in names}
 
 
 def resolve_model(name: str) -> ModelSource:
@@ -78,7 +91,7 @@ def resolve_model(name: str) -> ModelSource:
         return _check_files(name, folder, f"package {package}", MINILM_SHA256)
     if name in TINY:
         return _check_files(name, Path(_make_tiny(name).name), f"random {name}")
-    folder = Path(name).expanduser()
+    folder = place(name)
     if name and folder.exists():
         return _check_files(name, folder, f"local folder {name}")
     if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
@@ -102,7 +115,20 @@ def _check_files(name: str, folder: Path, source: str, expected: str = "") -> Mo
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if expected not in ("", found):
         raise ValueError(f"{source}: model.safetensors has sha256 {found}, expected {expected}")
-    return ModelSource(name, str(folder), source, found)
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise ValueError(f"{source}: config.json must hold names with values")
+    config.pop("transformers_version", None)  # says who wrote the file, and decides nothing
+    written = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    return ModelSource(name, str(folder), source, found, written[:12], _tokenizer_hash(folder))
+
+
+def _tokenizer_hash(folder: Path) -> str:
+    digest = hashlib.sha256()
+    paths = {path for pattern in OF_TOKENIZERS for path in folder.glob(pattern) if path.is_file()}
+    for path in sorted(paths):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 @functools.cache
@@ -137,27 +163,64 @@ def load_pretrained(
     `auto_class` is one of transformers' AutoModelFor classes, and `settings` go into the model's
     configuration. A head that the checkpoint lacks is drawn from torch's generator: call
     torch.manual_seed first. Raises ValueError for a kind of model that has no such head, and where
-    more than the head (inject.in_head) is missing: transformers would draw that at random too.
+    more than the head (inject.in_head) is missing: transformers would draw that at random too. So
+    it does for weights that are NaN or infinite, and for files that transformers cannot read.
     """
-    config = AutoConfig.from_pretrained(source.path, local_files_only=True)
+    with _in_one_line(source, "config.json"):
+        config = AutoConfig.from_pretrained(source.path, local_files_only=True)
     # Private, but nothing public leads from an auto class to the models that it has a head for.
     if type(config) not in auto_class._model_mapping:
         kind = auto_class.__name__.removeprefix("AutoModelFor")
         raise ValueError(f"{source.name}: {config.model_type} models have no head for {kind}")
     with _quiet_loading():
-        tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
-        model, report = auto_class.from_pretrained(
-            source.path,
-            local_files_only=True,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,  # they are in the report
-            output_loading_info=True,
-            **settings,
-        )
+        with _in_one_line(source, "the tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
+        with _in_one_line(source, "the model"):
+            model, report = auto_class.from_pretrained(
+                source.path,
+                local_files_only=True,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # they are in the report
+                output_loading_info=True,
+                **settings,
+            )
     missing = {key for key in report["missing_keys"] if not in_head(key)}
     if lost := sorted(missing | {key for key, *_ in report["mismatched_keys"]}):
-        raise ValueError(f"{source.source}: weights missing or of another shape: {lost}")
+        raise ValueError(f"{source.source}: weights missing or of another shape: {screen(lost)}")
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{source.source}: {name} holds NaN or infinity: the file is damaged")
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"{source.source}: the tokenizer has no padding token")
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise ValueError(f"{source.source}: model_max_length of the tokenizer must be a number")
     return model, tokenizer
+
+
+def check_together(
+    source: ModelSource, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise ValueError unless the model reads what the tokenizer writes.
+
+    A token without an embedding would show in the middle of training, and so would an entry of
+    config.json that is read in use only. No random number is drawn.
+    """
+    embeddings = cast(nn.Embedding, model.get_input_embeddings())
+    highest, rows = max(tokenizer.get_vocab().values()), embeddings.num_embeddings
+    if highest >= rows:
+        raise ValueError(f"{source.source}: token {highest} has no embedding, there are {rows}")
+    with torch.no_grad(), _in_one_line(source, "config.json"):
+        model.base_model(**tokenizer("a", return_tensors="pt"))
+
+
+@contextmanager
+def _in_one_line(source: ModelSource, what: str) -> Iterator[None]:
+    """ValueError, one line, for whatever transformers makes of a file that it cannot read."""
+    try:
+        yield
+    except Exception as error:  # a damaged file fails in as many ways as there are bytes
+        reason = f"{type(error).__name__}: {' '.join(screen(error).split())}"
+        raise ValueError(f"{source.source}: {what} cannot be read ({reason})") from error
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from drlora_ref.experiments.given import check_name
+from drlora_ref.experiments.given import check_name, place, shown
 from drlora_ref.experiments.sources import words
 from drlora_ref.experiments.sources.hub import fetch_from_hub
 from drlora_ref.experiments.sources.models import ModelSource, load_pretrained
@@ -61,7 +61,7 @@ def _boolq_texts(row: dict) -> dict:
 
 def _hellaswag_texts(row: dict) -> dict:
     if not isinstance(row["endings"], list) or len(row["endings"]) != 4:
-        raise ValueError(f"endings {row['endings']!r}: must be a list of 4")
+        raise ValueError(f"endings {shown(row['endings'])}: must be a list of 4")
     return {"context": row["ctx"], "endings": row["endings"]}
 
 
@@ -69,7 +69,7 @@ def _winogrande_texts(row: dict) -> dict:
     """Each choice is an option in place of the blank, with all that follows the blank."""
     before, *after = row["sentence"].split("_")
     if len(after) != 1:
-        raise ValueError(f"{len(after)} blanks (_) in {row['sentence']!r}, must be 1")
+        raise ValueError(f"{len(after)} blanks (_) in {shown(row['sentence'])}, must be 1")
     endings = [row[option] + after[0] for option in ("option1", "option2")]
     return {"context": before.strip(), "endings": endings}
 
@@ -123,7 +123,7 @@ def _from_hub(task: str) -> tuple[dict[str, Dataset], str]:
 
 
 def _from_folder(task: str, folder: str) -> tuple[dict[str, Dataset], str]:
-    root, entry = Path(folder).expanduser() / TASKS[task].folder, TASKS[task]
+    root, entry = place(folder) / TASKS[task].folder, TASKS[task]
     paths = find_files(root, list(entry.files))
     raw = [read_json_lines(path, [*entry.keys, entry.label_key]) for path in paths]
     train, validation = (_dataset(rows, task, path) for rows, path in zip(raw, paths, strict=True))
@@ -144,10 +144,12 @@ def _checked(row: dict, entry: CommonsenseTask) -> dict:
     for key in entry.keys:
         texts = row[key] if key == "endings" and isinstance(row[key], list) else [row[key]]
         if not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{key} {row[key]!r}: must be text")
+            raise ValueError(f"{key} {shown(row[key])}: must be text")
     label = str(row[entry.label_key])
     if label not in entry.labels:
-        raise ValueError(f"{entry.label_key} {label!r}: must be one of {', '.join(entry.labels)}")
+        raise ValueError(
+            f"{entry.label_key} {shown(label)}: must be one of {', '.join(entry.labels)}"
+        )
     return {**entry.texts(row), "label": entry.labels.index(label)}
 
 

@@ -1,10 +1,9 @@
 """What all families of tasks share: where data come from, and what a training loop gets of them."""
 
 import hashlib
-import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -13,9 +12,13 @@ import numpy as np
 from datasets import Dataset
 from torch import Tensor, nn
 
+from drlora_ref.experiments.given import parse_json, read_lines, shown
+
 GENERATED = "generated"  # the data_dir that means: make up a tiny set in the same format
 TRAIN_ROWS, VALIDATION_ROWS = 64, 24  # of a generated set
 HOLDOUT_SEED = 20240527  # whatever the seed of a run, the same examples are held out
+
+NO_TEXT = ("idx", "id", "title", "label", "answers", "summary")  # columns that nothing reads
 
 Batch = dict[str, Tensor]
 Collate = Callable[[list[dict]], Batch]
@@ -26,6 +29,8 @@ class TaskData:
     """The splits of a task, where they came from, and a hash of all that they held.
 
     `holdout`: rows of the training set that are not trained on; None where none are held out.
+    `also_in_train`: how many rows of a split have the same text as a row that is trained on, for
+    each split that has any.
     """
 
     task: str
@@ -34,6 +39,22 @@ class TaskData:
     source: str
     fingerprint: str
     holdout: Dataset | None = None
+    also_in_train: dict[str, int] = field(default_factory=dict)
+
+    def about(self) -> dict:
+        """What a record says of its data."""
+        return {
+            "source": self.source,
+            "fingerprint": self.fingerprint,
+            "train": len(self.train),
+            "also_in_train": self.also_in_train,
+        }
+
+    def warning(self) -> str:
+        """One line, if texts that a run is measured on are also trained on; else ""."""
+        splits = self.validation | ({"holdout": self.holdout} if self.holdout else {})
+        found = [f"{n:,} of {len(splits[s]):,} in {s}" for s, n in self.also_in_train.items()]
+        return f"{self.task}: texts that are in train too: {', '.join(found)}" if found else ""
 
 
 class Final(NamedTuple):
@@ -113,7 +134,23 @@ def task_data(
         held, train = mixed.select(range(holdout)), mixed.select(range(holdout, len(train)))
     if train_size:
         train = train.shuffle(seed=seed).select(range(train_size))
-    return TaskData(task, train, splits, source, fingerprint, held)
+    also = _also_in_train(train, splits | ({"holdout": held} if held else {}))
+    return TaskData(task, train, splits, source, fingerprint, held, also)
+
+
+def _also_in_train(train: Dataset, splits: dict[str, Dataset]) -> dict[str, int]:
+    trained_on = set(_texts(train))
+    counts = {
+        split: sum(text in trained_on for text in _texts(rows)) for split, rows in splits.items()
+    }
+    return {split: n for split, n in counts.items() if n}
+
+
+def _texts(rows: Dataset) -> Iterator[int]:
+    """A hash of what is read of each row; the labels do not count."""
+    columns = [name for name in rows.column_names if name not in NO_TEXT]
+    for piece in rows.select_columns(columns).iter(1000):
+        yield from (hash(repr(row)) for row in zip(*piece.values(), strict=True))
 
 
 def check_sizes(task: str, rows: int, train_size: int, holdout: int = 0) -> None:
@@ -153,15 +190,14 @@ def find_files(root: Path, names: list[str]) -> list[Path]:
 def read_json_lines(path: Path, keys: list[str]) -> list[dict]:
     """The objects of a .jsonl file, one a line; ValueError names a line that lacks a key."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+        row = parse_json(line, f"{path}, line {number}")
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: {shown(row)}: must be an object, {{...}}")
         if missing := [key for key in keys if key not in row]:
-            raise ValueError(f"{path}, line {number} lacks {missing}; it holds {sorted(row)}")
+            raise ValueError(f"{path}, line {number} lacks {missing}; it holds {shown([*row])}")
         rows.append(row)
     if not rows:
         raise ValueError(f"{path} holds no row")

@@ -33,6 +33,19 @@ def check_lengths(tokenizer: PreTrainedTokenizerBase, **lengths: int) -> None:
             raise ValueError(f"{name} = {length}: must be 1 to {tokenizer.model_max_length}")
 
 
+def check_room(tokenizer: PreTrainedTokenizerBase, texts: int, **lengths: int) -> None:
+    """check_lengths, and ValueError for a length that leaves no token for each of so many texts."""
+    check_lengths(tokenizer, **lengths)
+    for name, length in lengths.items():
+        empty = tokenizer(*[[""]] * texts, truncation=False, max_length=length)
+        special = len(empty["input_ids"][0])
+        if length < special + texts:
+            raise ValueError(
+                f"{name} = {length}: must be {special + texts} or more, since {special} tokens are "
+                "special ones"
+            )
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """No dropout and no gradients; afterwards each module is in its own mode again.

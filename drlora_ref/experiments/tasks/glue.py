@@ -19,13 +19,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from drlora_ref.experiments.given import check_name
+from drlora_ref.experiments.given import check_name, place, read_lines, shown
 from drlora_ref.experiments.sources.hub import fetch_from_hub
 from drlora_ref.experiments.sources.models import ModelSource, load_pretrained
 from drlora_ref.experiments.tasks.data import Collate, Inputs, TaskData, find_splits, task_data
 from drlora_ref.experiments.tasks.evaluation import (
     SAME,
-    check_lengths,
+    check_room,
     evaluate_labels,
     label_inputs,
 )
@@ -123,7 +123,7 @@ def _from_hub(task: str) -> tuple[dict[str, Dataset], str]:
 
 
 def _from_folder(task: str, folder: str) -> tuple[dict[str, Dataset], str]:
-    root = Path(folder).expanduser() / TASKS[task].folder
+    root = place(folder) / TASKS[task].folder
     splits = ("train", *TASKS[task].validation)
     files = {split: root / f"{split.replace('validation', 'dev')}.tsv" for split in splits}
     if missing := [str(path) for path in files.values() if not path.is_file()]:
@@ -136,12 +136,14 @@ def _from_folder(task: str, folder: str) -> tuple[dict[str, Dataset], str]:
 
 def _read_tsv(path: Path, task: str) -> tuple[Dataset, int]:
     # No csv parser: GLUE's files quote nothing, so a lone " and the words NA and null are text.
-    lines = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+    lines = read_lines(path)
+    while len(lines) > 1 and not lines[-1]:
+        lines.pop()
     found = lines[0].split("\t")
     header = TASKS[task].header[: len(found)] or tuple(found)
     raw = [*TASKS[task].columns.values(), TASKS[task].label_column]
     if missing := [column for column in raw if column not in header]:
-        raise ValueError(f"{path} lacks the columns {missing}; its first line holds {found}")
+        raise ValueError(f"{path} lacks the columns {missing}; its first line holds {shown(found)}")
     places = [header.index(column) for column in raw]
     rows, skip = [], 0 if TASKS[task].header else 1
     for idx, line in enumerate(lines[skip:]):
@@ -163,7 +165,7 @@ def _label(text: str, task: str, where: str) -> int | float:
         if 0 <= label <= 5:
             return label
     allowed = f"one of {', '.join(numbers)}" if names else "a number from 0 to 5"
-    raise ValueError(f"{where}: label {text!r} must be {allowed}")
+    raise ValueError(f"{where}: label {shown(text)} must be {allowed}")
 
 
 def _dataset(task: str, rows: list[tuple]) -> Dataset:
@@ -207,9 +209,9 @@ def encode(
 ) -> Dataset:
     """Token ids of one or two text columns, cut to `max_length` and not padded, plus "labels".
 
-    Raises ValueError for a `max_length` below 1 or above what the tokenizer's model can read.
+    Raises ValueError for a `max_length` as check_room does.
     """
-    check_lengths(tokenizer, max_length=max_length)
+    check_room(tokenizer, len(get_task(task).columns), max_length=max_length)
     parts = []
     for rows in dataset.iter(10_000):  # all of MNLI at once would take 4 GB
         text = [rows[name] for name in get_task(task).columns]

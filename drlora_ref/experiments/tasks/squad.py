@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from drlora_ref.experiments.given import check_name
+from drlora_ref.experiments.given import check_name, place, read_json, screen, shown
 from drlora_ref.experiments.sources.hub import fetch_from_hub
 from drlora_ref.experiments.sources.models import ModelSource, load_pretrained
 from drlora_ref.experiments.sources.words import CITIES, COLOURS, NAMES, THINGS, VERBS
@@ -98,13 +98,13 @@ def _from_hub(task: str) -> tuple[dict[str, Dataset], str]:
 
 def _from_folder(task: str, folder: str) -> tuple[dict[str, Dataset], str]:
     names = [f"{split}-{TASKS[task].version}.json" for split in ("train", "dev")]
-    train, dev = (_read(path, task) for path in find_files(Path(folder).expanduser(), names))
+    train, dev = (_read(path, task) for path in find_files(place(folder), names))
     return {"train": train, "validation": dev}, f"SQuAD folder {folder}"
 
 
 def _read(path: Path, task: str) -> Dataset:
     try:
-        articles = json.loads(path.read_text(encoding="utf-8-sig"))["data"]
+        articles = read_json(path)["data"]
         rows = [
             {
                 "id": qa["id"],
@@ -121,8 +121,8 @@ def _read(path: Path, task: str) -> Dataset:
         dataset = Dataset.from_dict(columns, features=COLUMNS)
     except KeyError as error:
         raise ValueError(f"{path} lacks a key {error}; SQuAD's files hold {LAYOUT}") from None
-    except (ValueError, TypeError) as error:  # no JSON, or other kinds of values
-        raise ValueError(f"{path}: not in SQuAD's format, {LAYOUT} ({error})") from None
+    except (ValueError, TypeError, OverflowError) as error:  # no JSON, or other kinds of values
+        raise ValueError(f"{path}: not in SQuAD's format, {LAYOUT} ({screen(error)})") from None
     if not rows:
         raise ValueError(f"{path} holds no question")
     _check_answers(dataset, task, str(path))
@@ -141,11 +141,11 @@ def _check_answers(questions: Dataset, task: str, where: str) -> None:
         for text, start in zip(texts, starts, strict=True):
             held = row["context"][max(start, 0) : start + len(text)]
             if not text.strip():
-                raise ValueError(f"{where}: question {row['id']} has a blank answer, {text!r}")
+                raise ValueError(f"{where}: question {row['id']} has a blank answer, {shown(text)}")
             if held != text:
                 raise ValueError(
-                    f"{where}: question {row['id']}: answer {text!r} is not at its answer_start "
-                    f"{start} in the context, where there is {held!r}"
+                    f"{where}: question {row['id']}: answer {shown(text)} is not at its "
+                    f"answer_start {start} in the context, where there is {shown(held)}"
                 )
 
 

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from drlora_ref.experiments.given import check_name
+from drlora_ref.experiments.given import check_name, place, read_json, read_lines, screen, shown
 from drlora_ref.experiments.sources import words
 from drlora_ref.experiments.sources.hub import fetch_from_hub
 from drlora_ref.experiments.sources.models import ModelSource, load_pretrained
@@ -32,8 +32,8 @@ from drlora_ref.experiments.tasks.data import (
 )
 from drlora_ref.experiments.tasks.evaluation import (
     batches_by_length,
-    check_lengths,
     check_positive,
+    check_room,
     evaluation_mode,
     final_texts,
 )
@@ -91,13 +91,14 @@ def _from_hub(task: str) -> tuple[dict[str, Dataset], str]:
 
 
 def _from_folder(task: str, folder: str) -> tuple[dict[str, Dataset], str]:
-    root = Path(folder).expanduser()
+    root = place(folder)
     ids = _read_split_file(*find_files(root, [SPLIT_FILE]))
     held = {path.stem for path in (root / ARTICLES).glob("*.summary")}
     wanted = [*ids["train"], *ids["validation"]]
     if missing := [f"{article}.summary" for article in wanted if article not in held]:
+        named = ", ".join(missing[:3])
         found = f"{len(missing)} of the {len(wanted)} articles in {SPLIT_FILE}"
-        raise FileNotFoundError(f"{root / ARTICLES} lacks {found}: {', '.join(missing[:3])} ...")
+        raise FileNotFoundError(f"{root / ARTICLES} lacks {found}: {screen(named)} ...")
     splits = {}
     for split, articles in ids.items():
         rows = [_read_article(root / ARTICLES / f"{article}.summary") for article in articles]
@@ -106,25 +107,25 @@ def _from_folder(task: str, folder: str) -> tuple[dict[str, Dataset], str]:
 
 
 def _read_split_file(path: Path) -> dict[str, list[str]]:
+    ids = read_json(path)
     try:
-        ids = json.loads(path.read_text(encoding="utf-8"))
         ids = {split: [str(article) for article in ids[split]] for split in ("train", "validation")}
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         wanted = "a JSON object with lists of ids as train and validation"
-        raise ValueError(f"{path} is not {wanted} ({error!r})") from None
+        raise ValueError(f"{path} is not {wanted} ({screen(repr(error))})") from None
     if not all(ids.values()):
         raise ValueError(f"{path}: train and validation need at least one id each")
     return ids
 
 
 def _read_article(path: Path) -> dict[str, str]:
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = read_lines(path)
     text = "\n".join(line for line in lines if line.strip() and line not in SHARE_BUTTONS)
     _, *parts = SECTION.split(text)
     sections = dict(zip(parts[::2], parts[1::2], strict=True))
     names = {"document": "RESTBODY", "summary": "FIRST-SENTENCE"}
     if missing := [name for name in names.values() if name not in sections]:
-        raise ValueError(f"{path} lacks the section {missing}; it holds {list(sections)}")
+        raise ValueError(f"{path} lacks the section {missing}; it holds {shown([*sections])}")
     return {column: sections[name].strip() for column, name in names.items()}
 
 
@@ -220,9 +221,9 @@ def encode(
     """Token ids of the documents ("input_ids") and summaries ("labels"), each cut to its length.
 
     The model itself makes the decoder's input, by shifting the labels one place to the right.
-    Raises ValueError for a length below 1 or above what the model can read.
+    Raises ValueError for a length as check_room does.
     """
-    check_lengths(tokenizer, max_length=max_length, summary_length=summary_length)
+    check_room(tokenizer, 1, max_length=max_length, summary_length=summary_length)
     parts = []
     for rows in dataset.iter(10_000):
         document = tokenizer(rows["document"], truncation=True, max_length=max_length)
