@@ -58,10 +58,12 @@ def run_notebook(
     if "output_dir" in parameters:
         raise ValueError("output_dir is the second argument, not a parameter")
     notebook, folder = place(notebook), place(output_dir)
-    check_parameters(notebook, {**parameters, "output_dir": str(folder)})
+    known = check_parameters(notebook, parameters)
     overwrite, executed = bool(parameters.get("overwrite")), folder / notebook.name
     _check_free(executed, notebook)
     asked = [notebook.name, {k: v for k, v in parameters.items() if k != "overwrite"}]
+    if "output_dir" in known:
+        parameters = {**parameters, "output_dir": str(folder)}
     pending = Pending(folder)
     finishes = pending.given() == asked
     check_output_dir(folder, overwrite or finishes)
@@ -75,7 +77,7 @@ def run_notebook(
         _in_environment({name: str(path.resolve()) for name, path in variables.items()}),
     ):
         try:
-            _execute(notebook, executed, {**parameters, "output_dir": str(folder)}, log)
+            _execute(notebook, executed, parameters, log)
         except BaseException:
             if pending.given() is None:
                 pending.end()
