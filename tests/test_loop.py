@@ -1,12 +1,14 @@
 """The loop of real runs: it equals the page-long one, resumes, and spreads over processes."""
 
 import dataclasses
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from tiny_runs import still_model, tiny, without_costs
 
-from drlora_ref.experiments.run import loop, one_run
+from drlora_ref.experiments.run import checkpoints, loop, one_run
 from drlora_ref.experiments.run.checkpoints import Checkpoint
 from drlora_ref.experiments.run.loop import History
 from drlora_ref.experiments.run.records import Record, read_record
@@ -528,6 +530,31 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, full_disk, earlie
     with full_disk(), pytest.raises(OSError, match=rf"could not be written .*{left}: make room"):
         checkpoint.save({"step": 10, "weights": torch.ones(100_000)})
     assert checkpoint.load() == ({"step": 5} if earlier else None)
+
+
+@pytest.mark.parametrize("write", [1, 2, 4, 7])
+def test_ctrl_c_while_a_checkpoint_is_written_is_no_full_disk(tmp_path, monkeypatch, write):
+    """torch's writer turns it into a RuntimeError of its own."""
+    checkpoint = Checkpoint(tmp_path, {})
+    checkpoint.save({"step": 5})
+
+    class Interrupted(io.BytesIO):
+        writes = 0
+
+        def write(self, some):
+            self.writes += 1
+            if self.writes == write:
+                raise KeyboardInterrupt
+            return super().write(some)
+
+    @contextmanager
+    def interrupted(*_, **__):
+        yield Interrupted()
+
+    monkeypatch.setattr(checkpoints, "whole_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save({"step": 10, "weights": torch.ones(100_000)})
+    assert checkpoint.load() == {"step": 5}
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):

@@ -42,6 +42,8 @@ class Checkpoint:
                     {"configuration": self.configuration, "runs": self.runs, "state": state}, file
                 )
         except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into the latter
+            if isinstance(error.__context__, KeyboardInterrupt):  # and Ctrl-C as well
+                raise error.__context__ from None
             left = "the one before it is whole" if self.path.exists() else "there is none before it"
             raise OSError(
                 f"{self.path} could not be written ({error}); {left}: make room, then start the "
