@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from drlora_ref.allocator import RankAllocator
+from drlora_ref.events import Events
 from drlora_ref.layer import DynamicLoRALinear, RankOneComponents
 from drlora_ref.regularizer import penalty_function
 from drlora_ref.schedule import BudgetSchedule
@@ -99,6 +100,7 @@ def recover(
     penalty_weight: float = 0.0,
     uniform: bool = False,
     learning_rate: float = LEARNING_RATE,
+    events: Events | None = None,
 ) -> RecoveryResult:
     """Plant updates of known rank, train the whole method on them, and say what it found.
 
@@ -115,6 +117,8 @@ def recover(
     And three ways to train otherwise: penalty_weight times a penalty of regularizer.PENALTIES (or a
     function like dem_penalty) in the loss until pruning has ended, as Eq. 10 times η; `uniform`,
     the same number of components in every map (see RankAllocator); another learning rate.
+
+    `events`, if given, takes the scores and the mask of every pruning event (plotting.film).
 
     AdamW without decay, no dropout, no penalty; schedule and allocator as everywhere. A seed of
     1,500 steps takes seconds on a CPU. Raises ValueError as `plant`, BudgetSchedule and
@@ -152,6 +156,8 @@ def recover(
         if schedule.prunes_at(step):
             history[step] = list(allocator.rank_pattern().values())
             pruned = ~allocator.mask.view_as(pruned)
+            if events is not None:
+                events.add(step, allocator)
 
     found = torch.stack([layer.delta_weight() for layer in allocator.layers.values()])
     seen = weights.sqrt().view(-1, 1, 1) * lengths  # E‖Mx‖² = ‖M · lengths‖²

@@ -140,6 +140,9 @@ class Replicas:
             "trained_bytes": 4 * (numbers + size_of_head),  # all of them float32
         }
 
+    def events(self, run: int) -> None:
+        """None: runs that keep events cannot be replicas."""
+
     def state(self) -> dict[str, Any]:
         """As Engine's."""
         return {

@@ -38,7 +38,8 @@ def can_be_replica(settings: Settings) -> bool:
     >>> can_be_replica(Settings(method="lora")), can_be_replica(Settings(method="full"))
     (True, False)
     """
-    return METHODS[settings.method].replicable and settings.task in glue.TASKS
+    possible = METHODS[settings.method].replicable and settings.task in glue.TASKS
+    return possible and not settings.film_events
 
 
 def check_replicas(settings: list[Settings]) -> None:
@@ -46,6 +47,10 @@ def check_replicas(settings: list[Settings]) -> None:
     if not settings:
         raise ValueError("replicas: at least one run is needed")
     for one in settings:
+        if one.film_events:
+            raise ValueError(
+                f"film_events = {one.film_events}: replicas keep no events, run it singly"
+            )
         if not can_be_replica(one):
             can = " and ".join(name for name, method in METHODS.items() if method.replicable)
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator
@@ -10,7 +10,8 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from drlora_ref.allocator import Diverged
+from drlora_ref.allocator import Diverged, RankAllocator
+from drlora_ref.events import Events, evenly_spread
 from drlora_ref.experiments.methods import Prepared, count_trainable, rank_pattern
 from drlora_ref.experiments.run.order import Numbers
 from drlora_ref.experiments.run.settings import Settings
@@ -50,6 +51,9 @@ class Engine(Protocol):
     def outcome(self, run: int) -> dict:
         """rank_pattern, trainable_parameters and trained_bytes of one run, for its record."""
 
+    def events(self, run: int) -> Events | None:
+        """Scores and masks at the pruning events that one run keeps; None if it keeps none."""
+
     def state(self) -> dict[str, Any]:
         """All that decides the next step and is not the Loop's, for a checkpoint."""
 
@@ -82,6 +86,7 @@ class OneModel:
             self.trainable.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
         self.rates = warmed_up(self.optimizer, settings.warmup, schedule.total_steps)
+        self.kept_events, self.kept_at = Events(), evenly_spread(schedule, settings.film_events)
 
     def optimizer_step(self, step: int, group: list[Numbers]) -> Tensor:
         """Lines 3-6 of Algorithm 1 on all devices; (1, 2), the loss averaged over them."""
@@ -116,6 +121,8 @@ class OneModel:
         try:
             if self.prepared.allocator:
                 self.prepared.allocator.step(step)
+            if step in self.kept_at:
+                self.kept_events.add(step, cast(RankAllocator, self.prepared.allocator))
         except Diverged:
             return [False]
         return [True]
@@ -151,14 +158,19 @@ class OneModel:
             "trained_bytes": sum(p.numel() * p.element_size() for p in self.trainable.values()),
         }
 
+    def events(self, run: int) -> Events | None:
+        """As Engine's."""
+        return self.kept_events if self.kept_at else None
+
     def state(self) -> dict[str, Any]:
-        """Trained weights, optimizer, learning rate and allocator; the frozen weights are not."""
+        """Trained weights, optimizer, learning rate, allocator, events; not the frozen weights."""
         allocator = self.prepared.allocator
         return {
             "trainable": {name: p.detach() for name, p in self.trainable.items()},
             "optimizer": self.optimizer.state_dict(),
             "rates": self.rates.state_dict(),
             "allocator": allocator.state_dict() if allocator else None,
+            "events": vars(self.kept_events),
         }
 
     @torch.no_grad()
@@ -170,6 +182,7 @@ class OneModel:
         self.rates.load_state_dict(state["rates"])
         if self.prepared.allocator:
             self.prepared.allocator.load_state_dict(state["allocator"])
+        self.kept_events = Events(**state["events"])
 
 
 def warmed_up(optimizer: torch.optim.Optimizer, warmup: float, total_steps: int) -> LambdaLR:

@@ -15,6 +15,7 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from tqdm import tqdm
 
+from drlora_ref.events import Events
 from drlora_ref.experiments.run.checkpoints import Checkpoint, random_state, set_random_state
 from drlora_ref.experiments.run.engine import Engine
 from drlora_ref.experiments.run.order import Numbers, Order
@@ -60,6 +61,7 @@ class Trained:
     final: what its last model was asked; None if the run diverged.
     seconds, evaluation_seconds and peak_memory_mib are of all `replicas` together.
     earlier_environments: what the run was trained in before it went on elsewhere, and until when.
+    events: scores and masks at the pruning events that it keeps; None if it keeps none.
     """
 
     history: History
@@ -70,6 +72,7 @@ class Trained:
     evaluation_seconds: float
     peak_memory_mib: int
     earlier_environments: list[dict] = field(default_factory=list)
+    events: Events | None = None
 
 
 class Loop:
@@ -267,6 +270,7 @@ class Loop:
             self.evaluation_seconds,
             peak_memory_mib(self.accelerator.device),
             self.earlier_environments,
+            self.engine.events(i),
         )
 
 

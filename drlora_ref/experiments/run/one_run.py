@@ -206,7 +206,7 @@ def claim(folder: Path) -> Iterator[None]:
 
 
 def write(run: ReadyRun, trained: Trained) -> records.Record:
-    """Write predictions and record of a run and drop its checkpoint; returns the record.
+    """Write predictions, events and record of a run and drop its checkpoint; returns the record.
 
     In a notebook that run_notebook executes, the checkpoint stays until the notebook has ended.
     """
@@ -217,7 +217,7 @@ def write(run: ReadyRun, trained: Trained) -> records.Record:
 
 
 def write_results(run: ReadyRun, trained: Trained) -> records.Record:
-    """Write predictions and record of a run; returns the record.
+    """Write predictions, events and record of a run; returns the record.
 
     Where a notebook is finished that was killed after this, it is the record that is there.
     """
@@ -229,6 +229,8 @@ def write_results(run: ReadyRun, trained: Trained) -> records.Record:
         if trained.final and trained.final.predictions:
             written = records.write_predictions(trained.final.predictions, run.folder)
             record["predictions"] = written
+        if trained.events and trained.events.steps:
+            record["events"] = records.write_events(trained.events, run.folder)
         records.write_record(record, run.folder, run.settings.overwrite)
     return record
 
@@ -247,6 +249,7 @@ def make_record(run: ReadyRun, trained: Trained) -> records.Record:
         "surviving_components": sum(trained.outcome["rank_pattern"].values()),
         "holdout": trained.final.holdout if trained.final else None,
         "predictions": None,  # write() names them once they are on the disk
+        "events": None,  # and these
         "steps": len(history.losses),
         "total_steps": run.schedule.total_steps,
         "seconds": round(trained.seconds, 2),

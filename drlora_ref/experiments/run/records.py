@@ -19,6 +19,7 @@ import psutil
 import torch
 
 import drlora_ref
+from drlora_ref.events import Events
 from drlora_ref.experiments.given import place, read_json, screen, shown
 
 
@@ -45,6 +46,7 @@ class Record(TypedDict, total=False):
     surviving_components: int
     holdout: dict[str, Any] | None  # of the last model: size, metric, collapsed, and further ones
     predictions: dict[str, str] | None  # of the last model: file (beside the record), sha256
+    events: dict[str, str] | None  # scores and masks at pruning events, for a film: file, sha256
     trainable_parameters: dict[str, int]  # {"adapter", "head"}, counted as in the paper's tables
     # What it took
     trained_bytes: int  # of all tensors that were trained, without the optimizer's
@@ -66,7 +68,7 @@ class Record(TypedDict, total=False):
     parameters: dict[str, Any]  # every field of Settings
 
 
-PREDICTIONS = "predictions.npz"
+PREDICTIONS, EVENTS = "predictions.npz", "events.npz"
 UNFINISHED = ".unfinished-"  # how the name of a file begins that is still being written
 PENDING = ".notebook"  # a file in a folder whose notebook has not come to its end, see Pending
 # Of the process that executes a notebook: its folder, and the folder whose notebook it finishes.
@@ -159,10 +161,28 @@ def write_predictions(arrays: dict[str, Any], output_dir: str | Path) -> dict[st
     Call it before write_record: a record names its predictions by their hash, so that whoever is
     killed between the two leaves predictions without a record, and never the other way round.
     """
+    return _write_arrays(arrays, output_dir, PREDICTIONS)
+
+
+def write_events(events: Events, output_dir: str | Path) -> dict[str, str]:
+    """Write EVENTS as write_predictions does PREDICTIONS.
+
+    Its arrays: names (matrices), steps (E,), scores (E, N) in float32, masks (E, N).
+    """
+    arrays = {
+        "names": np.array(events.names),
+        "steps": np.array(events.steps),
+        "scores": torch.stack(events.scores).float().numpy(),
+        "masks": torch.stack(events.masks).numpy(),
+    }
+    return _write_arrays(arrays, output_dir, EVENTS)
+
+
+def _write_arrays(arrays: dict[str, Any], output_dir: str | Path, name: str) -> dict[str, str]:
     content = _as_npz(arrays)
-    with whole_file(Path(output_dir, PREDICTIONS), overwrite=True) as file:
+    with whole_file(Path(output_dir, name), overwrite=True) as file:
         file.write(content)
-    return {"file": PREDICTIONS, "sha256": hashlib.sha256(content).hexdigest()}
+    return {"file": name, "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _as_npz(arrays: dict[str, Any]) -> bytes:
@@ -177,10 +197,27 @@ def read_predictions(folder: str | Path) -> dict[str, np.ndarray]:
     Raises ValueError for a record that is cut short, and for predictions that are not those which
     the record names.
     """
-    named = read_record(folder).get("predictions")
+    return _read_arrays(folder, "predictions", PREDICTIONS)
+
+
+def read_events(folder: str | Path) -> Events | None:
+    """The events that the run in a folder has kept; None if it kept none.
+
+    Raises ValueError as read_predictions does.
+    """
+    arrays = _read_arrays(folder, "events", EVENTS)
+    if not arrays:
+        return None
+    scores, masks = map(torch.from_numpy, (arrays["scores"], arrays["masks"]))
+    names, steps = arrays["names"].tolist(), arrays["steps"].tolist()
+    return Events(names, steps, list(scores), list(masks))
+
+
+def _read_arrays(folder: str | Path, field: str, name: str) -> dict[str, np.ndarray]:
+    named = read_record(folder).get(field)
     if not named:
         return {}
-    path = Path(folder, PREDICTIONS)
+    path = Path(folder, name)
     content = path.read_bytes() if path.exists() else b""
     if hashlib.sha256(content).hexdigest() != named["sha256"]:
         raise ValueError(f"{path} is not the file that the record beside it names: it was changed")

@@ -70,6 +70,7 @@ class Settings:
     summary_length: int = 64  # tokens of a summary, at most: XSum
     num_beams: int = 3  # beams of the search for a summary: XSum
     scoring: str = "official"  # of SQuAD and XSum; or authors: as the paper's code counts
+    film_events: int = 0  # pruning events kept with all scores and masks (events.npz); 0: none
     checkpoint_every: int = 500  # optimizer steps; one is also written after each evaluation
     output_dir: str = "runs/mine"  # checkpoint and record go here
     overwrite: bool = False  # True: may replace a record that is there
@@ -96,6 +97,10 @@ class Settings:
         if self.rank_map and "rank_map" not in METHODS[self.method].own:
             raise ValueError(
                 f"rank_map = {shown(self.rank_map)}: only lora takes one, not {self.method}"
+            )
+        if self.film_events and "score" not in METHODS[self.method].own:
+            raise ValueError(
+                f"film_events = {self.film_events}: only drlora has scores, not {self.method}"
             )
         if self.permute_map and not self.rank_map:
             raise ValueError(f"permute_map = {self.permute_map}: there is no rank_map to permute")
@@ -140,7 +145,8 @@ HUGE = 1e37  # float32 ends at 3e38, and AdamW takes ten times the learning rate
 # (parameters, the least and the greatest value of each, the same in words)
 RANGES: list[tuple[str, tuple[float, float], str]] = [
     ("seed", (0, 2**32 - 1), "0 or more, and less than 2**32"),
-    ("max_steps train_size holdout permute_map stride checkpoint_every", (0, MOST), "0 or more"),
+    ("max_steps train_size holdout permute_map stride", (0, MOST), "0 or more"),
+    ("film_events checkpoint_every", (0, MOST), "0 or more"),
     (
         "init_r target_r bottleneck batch_size epochs max_length deltaT grad_accumulation "
         "eval_batch_size summary_length num_beams",
@@ -168,6 +174,7 @@ NEWER = (
     "group_by_length",
     "scoring",
     "penalty",
+    "film_events",
 )
 
 
