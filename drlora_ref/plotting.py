@@ -1,12 +1,17 @@
 """Every figure of the notebooks. Each function draws on the axes it is given, or on new ones."""
 
+import math
 import re
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.animation import FuncAnimation
+from matplotlib.collections import PatchCollection, PolyCollection
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from drlora_ref.events import Events
 from drlora_ref.inject import matrix_label
 from drlora_ref.schedule import BudgetSchedule
 
@@ -92,22 +97,213 @@ def plot_pruning_map(masks: dict[int, Tensor], axes: plt.Axes | None = None) -> 
     return axes
 
 
+# Colours of matrices that eyes with any kind of colour vision can tell apart (Okabe and Ito).
+DISTINCT = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6D31", "#4D4D4D"]
+GONE = "#d9d9d9"  # a component that is pruned
+
+
+def film(events: Events, schedule: BudgetSchedule, title: str = "") -> FuncAnimation:
+    """The method at work: a frame for each event that was kept, and the last one held.
+
+    Left, all components sorted by their smoothed score, with the cut that the budget makes. Right,
+    the same components where they belong, coloured by kind of matrix: who is left. Below, the
+    budget (Eq. 9) and where the frame stands on it. A record has the events where the run was given
+    film_events (records.read_events), and planted.recover(events=...) hands them out.
+
+    The animation saves itself, `film(...).save("film.gif", writer="pillow")`; `to_jshtml` is a
+    player. Raises ValueError if there are no events, or not those of this schedule.
+
+    >>> film(Events(), BudgetSchedule(3, 2, 100))
+    Traceback (most recent call last):
+    ValueError: there are no events to show: keep some, by film_events or Events.add
+    """
+    _check_film(events, schedule)
+    places, rows, columns = _grid(events.names)
+    colours = [DISTINCT[rows.index(row) % len(DISTINCT)] for row, _ in places]
+    r = len(events.masks[0]) // len(places)
+    of_each = [colour for colour in colours for _ in range(r)]  # component by component
+
+    figure = plt.figure(figsize=(8, 5), dpi=100, layout="constrained", facecolor="white")
+    panels = figure.subplot_mosaic("AB;AB;AB;CC", width_ratios=[1.1, 1])
+    for panel in panels.values():
+        panel.spines[["top", "right"]].set_visible(False)
+    left, right, below = panels["A"], panels["B"], panels["C"]
+    heading = figure.suptitle(" ", x=0.02, ha="left", fontsize=13, fontweight="bold")
+    bars, cut, words = _sorted_bars(left, events)
+    cells = _component_grid(right, places, rows, columns, r)
+    cursor, count = _budget_cursor(below, schedule, len(of_each))
+
+    def draw(frame: int) -> None:
+        frame = min(frame, len(events.steps) - 1)  # the last one stays a while
+        step, scores, mask = events.steps[frame], events.scores[frame], events.masks[frame]
+        order = scores.argsort(descending=True, stable=True).tolist()
+        shown = [of_each[i] if mask[i] else GONE for i in range(len(of_each))]
+        bars.set_verts([_bar(place, scores[i].item()) for place, i in enumerate(order)])
+        bars.set_color([shown[i] for i in order])
+        cells.set_facecolor(shown)
+        kept = int(mask.sum())
+        cut.set_xdata([kept, kept])
+        on_the_right = kept < 0.66 * len(mask)  # where the bars are low
+        words.set(x=kept, text=f"  the cut: {kept} stay  ", ha="left" if on_the_right else "right")
+        cursor.set_data([step], [kept])
+        count.set_text(f"step {step}: {kept} of {len(mask)}")
+        heading.set_text(title or f"After {step} of {schedule.total_steps} steps")
+
+    return FuncAnimation(figure, draw, frames=len(events.steps) + 5, interval=500)
+
+
+def _check_film(events: Events, schedule: BudgetSchedule) -> None:
+    if not events.steps:
+        raise ValueError("there are no events to show: keep some, by film_events or Events.add")
+    for step, mask in zip(events.steps, events.masks, strict=True):
+        due = schedule.keep_count(step, len(mask))
+        if not schedule.prunes_at(step) or int(mask.sum()) != due:
+            raise ValueError(
+                f"step {step} keeps {int(mask.sum())} of {len(mask)} components, but this schedule "
+                f"{f'keeps {due}' if schedule.prunes_at(step) else 'has no event'} there: give the "
+                "schedule that the events come from"
+            )
+
+
+def _bar(place: int, height: float) -> list[tuple[float, float]]:
+    return [(place, 0), (place, height), (place + 1, height), (place + 1, 0)]
+
+
+def _sorted_bars(axes: plt.Axes, events: Events) -> tuple:
+    """The panel of all components by score: its bars, the cut and its words."""
+    n, top = len(events.masks[0]), max(scores.max().item() for scores in events.scores)
+    bars = PolyCollection([_bar(i, 0.0) for i in range(n)], linewidths=0)
+    axes.add_collection(bars)
+    cut = axes.axvline(n, color="black", lw=1.5)
+    words = axes.text(n, 0.96 * top, "", ha="right", va="top", fontsize=10)
+    axes.set(xlim=(0, n * 1.01), ylim=(0, 1.02 * top), ylabel="smoothed score")
+    axes.set_xlabel("all components, the best first")
+    axes.set_title("one queue", loc="left", fontsize=11)
+    return bars, cut, words
+
+
+def _component_grid(
+    axes: plt.Axes, places: list[tuple], rows: list[str], columns: list[tuple[str, int]], r: int
+) -> PatchCollection:
+    """The panel of who is left: r squares in each matrix's cell, in the order of the places."""
+    across = math.ceil(math.sqrt(r * 1.5)) if len(columns) > 1 else r
+    down = math.ceil(r / across)
+    squares = []
+    for row, column in places:
+        x, y = columns.index(column), rows.index(row)
+        for i in range(r):
+            corner = x + 0.08 + 0.84 * (i % across) / across, y + 0.1 + 0.8 * (i // across) / down
+            squares.append(Rectangle(corner, 0.84 / across * 0.88, 0.8 / down * 0.88))
+    cells = PatchCollection(squares, linewidths=0)
+    axes.add_collection(cells)
+    axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
+    names = [f"{side}{number}" for side, number in columns] if len(columns) > 1 else [""]
+    axes.set_xticks([i + 0.5 for i in range(len(columns))], names)
+    axes.set_yticks([i + 0.5 for i in range(len(rows))], rows)
+    for label, colour in zip(axes.get_yticklabels(), DISTINCT * len(rows), strict=False):
+        label.set(color=colour, fontweight="bold")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    if len(columns) > 1:
+        axes.set_xlabel("layer")
+    axes.set_title("who is left in each matrix", loc="left", fontsize=11)
+    return cells
+
+
+def _budget_cursor(axes: plt.Axes, schedule: BudgetSchedule, n: int) -> tuple:
+    """The panel of the budget: the dot on its curve, and the words beside it."""
+    steps = range(schedule.total_steps + 1)
+    axes.plot(steps, [schedule.keep_count(t, n) for t in steps], color="0.5", lw=1.5)
+    (dot,) = axes.plot([], [], "o", color="black", ms=8)
+    count = axes.text(0.99, 0.95, "", transform=axes.transAxes, ha="right", va="top", fontsize=11)
+    axes.set(xlabel="optimizer step", xlim=(0, schedule.total_steps), ylabel="budget")
+    axes.margins(y=0.15)
+    return dot, count
+
+
+def _grid(modules: list[str]) -> tuple[list[tuple], list[str], list[tuple[str, int]]]:
+    """Where each matrix stands in Figure 2: its (row, column); all rows, and all columns."""
+    places: list[tuple] = []
+    for module in modules:
+        index = re.search(r"\.(\d+)\.", module)
+        side = "d" if "decoder" in module else ""  # BART has two stacks of layers
+        place = matrix_name(module), (side, int(index[1]) if index else 0)
+        places.append((module, place[1]) if place in places else place)
+    # In the paper's order, whatever order the names are in: a record sorts them.
+    cross = [f"{label} cross" for label in LABELS]
+    order = [*LABELS, *cross, *dict.fromkeys(row for row, _ in places)]
+    rows = sorted({row for row, _ in places}, key=order.index)
+    return places, rows, sorted({column for _, column in places})
+
+
+# The drawing's three matrices: four components each, with the score of each component.
+DRAWN = {"$W_q$": (0.96, 0.55, 0.30, 0.10), "$W_v$": (0.90, 0.82, 0.73, 0.64),
+         "$W_{f1}$": (0.42, 0.36, 0.20, 0.05)}  # fmt: skip
+DRAWN_BUDGET = 6
+
+
+def plot_schematic(dark: bool = False) -> plt.Figure:
+    """The idea in one drawing: components of several matrices, one queue, unequal ranks.
+
+    Its numbers are drawn, not measured. `dark`: light lines for a dark page; both are transparent.
+    """
+    ink, faint = ("#e6e6e6", "#5c5c5c") if dark else ("#1a1a1a", "#c8c8c8")
+    figure, axes = plt.subplots(figsize=(10, 4.4), dpi=100)
+    figure.patch.set_alpha(0)
+    figure.subplots_adjust(0, 0, 1, 1)
+    axes.set(xlim=(0, 100), ylim=(44, 0))
+    axes.set_axis_off()
+    colours = ("#56B4E9", "#E69F00", "#2FBF8F") if dark else DISTINCT[:3]
+    every = [(s, i, k) for k, scores in enumerate(DRAWN.values()) for i, s in enumerate(scores)]
+    queue = sorted(every, reverse=True)
+    kept = {(i, k) for _, i, k in queue[:DRAWN_BUDGET]}
+
+    def text(x, y, words, size=12, **more):
+        axes.text(x, y, words, size=size, **({"color": ink, "ha": "center", "va": "center"} | more))
+
+    def box(x, y, width, height, colour, **more):
+        axes.add_patch(Rectangle((x, y), width, height, fc=colour, lw=0, **more))
+
+    def matrix(x, y, k, who):
+        """W0 and the outer products of those components: a column and a row each."""
+        box(x, y, 7, 8, faint)
+        text(x + 3.5, y + 4, "$W_0$")
+        for place, i in enumerate(who):
+            left = x + 8.5 + 5.6 * place
+            text(left, y + 4.2, "+", 11)
+            box(left + 1, y + 1.2, 0.9, 6.8, colours[k])
+            box(left + 2.1, y + 1.2, 2.6, 0.95, colours[k], alpha=0.75)
+            text(left + 3.4, y + 4.6, f"$c_{i}$", 10)
+
+    for k, name in enumerate(DRAWN):
+        y = 9 + 12 * k
+        text(3, y + 4, name, 15)
+        matrix(6, y, k, range(4))
+        left = [i for i in range(4) if (i, k) in kept]
+        matrix(67.5, y, k, left)
+        text(71, y + 9.4, f"rank {len(left)}", 12, weight="bold")
+    for place, (score, i, k) in enumerate(queue):
+        y = 8.4 + 2.85 * place
+        alive = (i, k) in kept
+        box(46, y, 15 * score, 2.1, colours[k] if alive else faint)
+    y = 8.4 + 2.85 * DRAWN_BUDGET - 0.35
+    axes.plot([44.5, 62], [y, y], color=ink, lw=2)
+    text(62, y - 1.6, "the cut", 11, ha="right")
+    text(20, 3.5, r"every matrix: $W_0 + \sum_i\ c_i\, b_i a_i^\top$", 13)
+    text(53.5, 3.5, "one queue, by score", 13)
+    text(84, 3.5, "what is left: unequal ranks", 13)
+    for start, end in ((38, 43.5), (62.7, 66.7)):
+        arrow = dict(arrowstyle="-|>", color=ink, lw=2)
+        axes.annotate("", (end, 25), (start, 25), arrowprops=arrow)
+    return figure
+
+
 def plot_rank_heatmap(
     rank_pattern: dict[str, int], axes: plt.Axes | None = None, title: str = ""
 ) -> plt.Axes:
     """Surviving components by matrix (rows) and layer (columns), as the paper's Figure 2."""
-    cells = {}
-    for module, rank in rank_pattern.items():
-        index = re.search(r"\.(\d+)\.", module)
-        side = "d" if "decoder" in module else ""  # BART has two stacks of layers
-        column = side, int(index[1]) if index else 0
-        row = matrix_name(module)
-        cells[module if (row, column) in cells else row, column] = rank
-    # In the paper's order, whatever order the pattern is in: a record sorts its names.
-    cross = [f"{label} cross" for label in LABELS]
-    order = [*LABELS, *cross, *dict.fromkeys(matrix for matrix, _ in cells)]
-    rows = sorted({matrix for matrix, _ in cells}, key=order.index)
-    columns = sorted({layer for _, layer in cells})
+    places, rows, columns = _grid(list(rank_pattern))
+    cells = dict(zip(places, rank_pattern.values(), strict=True))
     table = [[cells.get((row, column), float("nan")) for column in columns] for row in rows]
     axes = _axes(axes, figsize=(1.8 + 0.42 * len(columns), 1 + 0.36 * len(rows)))
     image = axes.imshow(table, cmap="viridis", vmin=0, aspect="auto")
