@@ -9,7 +9,7 @@ DATA_DIR ?=
 OUT ?= runs/$(TASK)
 SETTINGS ?= notebooks/settings/$(if $(filter grammar,$(TASK)),laptop,glue_laptop).yaml
 
-.PHONY: run test quick lint notebooks trial lab clean
+.PHONY: run test quick lint notebooks film book book-test trial lab clean
 
 PAPER := layer importance schedule regularizer allocator train inject planted
 
@@ -41,8 +41,8 @@ quick: $(READY)
 
 # mypy ends with 1 where it finds errors, and with 2 where it fails itself.
 lint: $(READY)
-	$(BIN)/ruff check drlora_ref tests notebooks
-	$(BIN)/ruff format --check drlora_ref tests notebooks
+	$(BIN)/ruff check drlora_ref tests notebooks book results
+	$(BIN)/ruff format --check drlora_ref tests notebooks book results
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy drlora_ref/*.py drlora_ref/tuner
 	@$(BIN)/mypy drlora_ref/experiments > .mypy_cache/experiments.txt; test $$? -le 1
@@ -56,6 +56,24 @@ notebooks: $(READY)
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
 	  --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 	$(BIN)/jupyter nbconvert --to notebook --inplace --coalesce-streams notebooks/*.ipynb
+
+# The film of the method, of the record in results/film, and the drawing beside it.
+film: $(READY)
+	$(BIN)/python results/film.py
+
+# The book: book/_build/html/index.html, which needs no server and loads nothing from elsewhere.
+book: export OMP_NUM_THREADS = 1
+book: .venv/book
+	$(BIN)/python book/assemble.py
+	$(BIN)/python -m sphinx -q -W -b html -d book/_build/doctrees -c book book/_source book/_build/html
+
+# Every page of it in a real browser: Chromium, headless.
+book-test: book
+	$(BIN)/python -m pytest -q -p no:nbval -p no:cacheprovider book
+
+.venv/book: $(READY)
+	$(BIN)/python -m pip install --quiet --editable ".[book]"
+	touch .venv/book
 
 # The trial of notebook 18, part by part: rates, then seeds, then maps. Many hours on a CPU; started
 # again, it goes on where it stopped. GLUE_DIR, or the hub, has the tasks that are not embedded.
@@ -82,4 +100,4 @@ $(READY): pyproject.toml
 	touch $(READY)
 
 clean:
-	rm -rf .venv runs notebooks/runs solved_notebooks
+	rm -rf .venv runs notebooks/runs solved_notebooks book/_source book/_build

@@ -1,0 +1,178 @@
+"""Writes the pages of the book into book/_source: from notebooks, package, records and pages here.
+
+    python book/assemble.py
+
+Sphinx then makes book/_build of them (`make book`). Nothing is executed: what the book shows is
+what the repository holds.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import matplotlib
+import nbformat
+import yaml
+from chapters import CORE, NOTEBOOKS, chapter, title_and_question
+from code_pages import PAPER, ROOMS, annotated, reference
+from moving import write as write_moving
+from PIL import Image, ImageSequence
+
+from drlora_ref.experiments.run.records import read_events, read_record
+
+BOOK = Path(__file__).parent
+ROOT, SOURCE = BOOK.parent, BOOK / "_source"
+FILM = ROOT / "results" / "film"
+CLAIMS = ROOT / "drlora_ref" / "experiments" / "results" / "claims.yaml"
+
+
+def main() -> None:
+    """Write all pages anew."""
+    matplotlib.use("Agg")
+    shutil.rmtree(SOURCE, ignore_errors=True)
+    SOURCE.mkdir()
+    shutil.copytree(ROOT / "results", SOURCE / "results", ignore=shutil.ignore_patterns("*.npz"))
+    write_moving(SOURCE / "moving")
+    for path in NOTEBOOKS:
+        nbformat.write(_with_files(chapter(path), path), _place(f"notebooks/{path.name}"))
+    for name in PAPER:
+        _place(f"paper/{name}.md").write_text(annotated(name))
+    for room in ROOMS:
+        _place(f"api/{room}.md").write_text(reference(room))
+    _place("results.md").write_text(_results())
+    _place("print.md").write_text(_print())
+    if CLAIMS.exists():
+        _place("claims.md").write_text(_claims())
+    _place("index.md").write_text(_index())
+
+
+def _place(name: str) -> Path:
+    path = SOURCE / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _with_files(book: nbformat.NotebookNode, path: Path) -> nbformat.NotebookNode:
+    """The files that belong to a chapter come right after it in the table of contents."""
+    own = [name for name, (_, notebook) in PAPER.items() if notebook == path.stem]
+    if own:
+        listed = "\n".join(f"/paper/{name}" for name in own)
+        book.cells.append(
+            nbformat.v4.new_markdown_cell(f"```{{toctree}}\n:hidden:\n\n{listed}\n```")
+        )
+    return book
+
+
+def _index() -> str:
+    side = [path for path in NOTEBOOKS if path.name[:2] not in CORE]
+    core = [path for path in NOTEBOOKS if path.name[:2] in CORE]
+    text = (BOOK / "index.md").read_text()
+    parts = {
+        "FILM": _film(),
+        "PATH": _map(core),
+        "SIDE": _map(side),
+        "CORE_PAGES": "\n".join(f"notebooks/{path.stem}" for path in core),
+        "SIDE_PAGES": "\n".join(f"notebooks/{path.stem}" for path in side),
+        "PAPER": "\n".join(f"- [{n}.py](paper/{n}.md): {eq}" for n, (eq, _) in PAPER.items()),
+        "CLAIMS": "claims" if CLAIMS.exists() else "",
+        "API_PAGES": "\n".join(f"api/{room}" for room in ROOMS),
+    }
+    for name, part in parts.items():
+        text = text.replace(f"@{name}@", part)
+    return text
+
+
+def _map(paths: list[Path]) -> str:
+    """Chapters as stations of a path: number, title, question."""
+    stations = []
+    for path in paths:
+        title, question = title_and_question(path)
+        number, _, name = title.partition(" · ")
+        stations.append(
+            f'<li><a href="notebooks/{path.stem}.html"><span class="number">{number}</span>'
+            f'<span class="name">{name}</span><span class="question">{question}</span></a></li>'
+        )
+    return '```{raw} html\n<ol class="path">\n' + "\n".join(stations) + "\n</ol>\n```"
+
+
+def _film() -> str:
+    """The film as a player of single frames, with the still for who has no scripts."""
+    frames = SOURCE / "static" / "film"
+    frames.mkdir(parents=True)
+    record, events = read_record(FILM), read_events(FILM)
+    assert events is not None
+    words = []
+    with Image.open(FILM / "film.gif") as gif:
+        pictures = list(ImageSequence.Iterator(gif))
+        for i, (step, mask) in enumerate(zip(events.steps, events.masks, strict=True)):
+            pictures[i].convert("P").save(frames / f"frame_{i:02d}.png", optimize=True)
+            words.append(
+                f"After step {step} of {record['total_steps']}: {int(mask.sum())} of {len(mask)} "
+                "components stay, sorted by score on the left, by matrix on the right"
+            )
+    shutil.copy(FILM / "film.png", frames / "still.png")
+    p = record["parameters"]
+    ranks = record["rank_pattern"].values()
+    return f"""```{{raw}} html
+<figure class="film">
+<img src="_static/film/still.png" data-frames="_static/film/frame_*.png" width="800" height="500" alt="{words[-1]}">
+<form hidden aria-label="the film"><button type="button" data-do="play">Play</button>
+<button type="button" data-do="back">Back</button>
+<input type="range" min="0" max="{len(words) - 1}" value="{len(words) - 1}" aria-label="frame of the film">
+<button type="button" data-do="on">On</button></form>
+<script type="application/json">{json.dumps(words)}</script>
+<figcaption>One run of the method: {p["model_name"]} on the task {p["task"]} ({record["steps"]} steps), b(0) = {p["init_r"]},
+b(T) = {p["target_r"]}, seed {p["seed"]}. The ranks end between {min(ranks)} and {max(ranks)};
+{record["metric_name"].capitalize()} correlation {record["last"]:.3f}. A single seed: it shows how the method
+works, not how well.</figcaption>
+</figure>
+```"""
+
+
+def _results() -> str:
+    """Every record in results/: the runs in a table, the studies by their files."""
+    rows = []
+    for path in sorted((ROOT / "results").rglob("record.json")):
+        record, place = read_record(path), path.parent.relative_to(ROOT)
+        p, last = record["parameters"], record["last"]
+        rows.append(
+            f"| [{place.parts[1]}]({path.relative_to(ROOT)}) | {p['task']} | {p['model_name']} | "
+            f"{p['method']} | {record['seed']} | {record['steps']} | "
+            f"{'' if last is None else f'{last:.3f}'} | {record['status']} |"
+        )
+    studies = [
+        f"- [{path.name}](results/{path.name}), by `results/{path.stem}.py`"
+        if path.with_suffix(".py").exists()
+        else f"- [{path.name}](results/{path.name})"
+        for path in sorted((ROOT / "results").glob("*.json"))
+    ]
+    text = (BOOK / "results.md").read_text()
+    return text.replace("@RUNS@", "\n".join(rows)).replace("@STUDIES@", "\n".join(studies))
+
+
+def _print() -> str:
+    return (
+        "# All chapters on one page\n\nTo be printed, or saved as PDF: how "
+        r"$W = W_0 + \sum_i c_i b_i a_i^\top$"  # with a formula MathJax is loaded
+        " gets its ranks, from the first chapter to the last. Answers are open here.\n"
+    )
+
+
+def _claims() -> str:
+    """The claim ledger: whose claim, where it stands, and by what evidence."""
+    claims = yaml.safe_load(CLAIMS.read_text())
+    fields = ("claim", "source", "whose", "status", "evidence")
+    rows = [
+        "| " + " | ".join(_cell(claim.get(name, "")) for name in fields) + " |" for claim in claims
+    ]
+    text = (BOOK / "claims.md").read_text()
+    return text.replace("@CLAIMS@", "\n".join(rows))
+
+
+def _cell(value) -> str:
+    listed = value if isinstance(value, list) else [value]
+    return "; ".join(str(item) for item in listed).replace("|", "\\|").replace("\n", " ")
+
+
+if __name__ == "__main__":
+    main()
