@@ -63,17 +63,13 @@ film: $(READY)
 
 # The book: book/_build/html/index.html, which needs no server and loads nothing from elsewhere.
 book: export OMP_NUM_THREADS = 1
-book: .venv/book
+book: $(READY)
 	$(BIN)/python book/assemble.py
 	$(BIN)/python -m sphinx -q -W -b html -d book/_build/doctrees -c book book/_source book/_build/html
 
 # Every page of it in a real browser: Chromium, headless.
 book-test: book
 	$(BIN)/python -m pytest -q -p no:nbval -p no:cacheprovider book
-
-.venv/book: $(READY)
-	$(BIN)/python -m pip install --quiet --editable ".[book]"
-	touch .venv/book
 
 # The trial of notebook 18, part by part: rates, then seeds, then maps. Many hours on a CPU; started
 # again, it goes on where it stopped. GLUE_DIR, or the hub, has the tasks that are not embedded.

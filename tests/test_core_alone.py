@@ -82,7 +82,9 @@ def test_the_papers_files_work_where_there_is_torch_and_nothing_else():
 
 
 # Where a package is imported under another name than it is installed by.
-INSTALLED_AS = {"IPython": "ipython", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+INSTALLED_AS = {"IPython": "ipython", "sklearn": "scikit-learn", "yaml": "pyyaml",
+                "bs4": "beautifulsoup4", "PIL": "pillow"}  # fmt: skip
+BOOK = [path for path in sorted((ROOT / "book").glob("*.py")) if path.name != "test_book.py"]
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -107,7 +109,8 @@ def imported(files: list[Path]) -> set[str]:
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 found.add(node.module.split(".")[0])
-    ours = {path.stem for path in (ROOT / "tests").iterdir()} | {"drlora_ref"}
+    ours = {path.stem for folder in ("tests", "book") for path in (ROOT / folder).iterdir()}
+    ours |= {"drlora_ref"}
     found -= sys.stdlib_module_names | ours
     return {INSTALLED_AS.get(name, name).replace("-", "_") for name in found}
 
@@ -118,7 +121,8 @@ def imported(files: list[Path]) -> set[str]:
         (None, [PACKAGE / "__init__.py", *(PACKAGE / f"{name}.py" for name in PAPER)]),
         ("peft", sorted((PACKAGE / "tuner").rglob("*.py"))),
         ("experiments", sorted((PACKAGE / "experiments").rglob("*.py"))),
-        ("test", sorted((ROOT / "tests").glob("*.py"))),
+        ("test", [*sorted((ROOT / "tests").glob("*.py")), ROOT / "book" / "test_book.py"]),
+        ("book", BOOK),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

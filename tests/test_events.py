@@ -58,7 +58,7 @@ def test_a_run_that_was_killed_leaves_the_same_file(dies_after, whole_run, tmp_p
 
 
 def test_events_change_nothing_else_and_belong_to_the_record(whole_run, tmp_path):
-    folder, record = whole_run
+    _, record = whole_run
     plain = one_run.run(tiny(tmp_path))
     assert plain["loss_curve"] == record["loss_curve"] and plain["events"] is None
     assert read_events(tmp_path) is None and not (tmp_path / "events.npz").exists()
