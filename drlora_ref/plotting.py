@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
@@ -17,6 +18,10 @@ from drlora_ref.schedule import BudgetSchedule
 
 if TYPE_CHECKING:  # the tuner draws a rank map, and needs no pandas for it
     import pandas as pd
+
+# Colours of matrices that eyes with any kind of colour vision can tell apart (Okabe and Ito).
+DISTINCT = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6D31", "#4D4D4D"]
+GONE = "#d9d9d9"  # a component that is pruned
 
 # The rows of the paper's Figure 2, and a decoder's cross-attention below them.
 LABELS = ["Wq", "Wk", "Wv", "Wo", "Wf1", "Wf2"]
@@ -48,28 +53,95 @@ def matrix_name(module: str) -> str:
 
 
 def plot_outer_products(lora_A: Tensor, lora_B: Tensor, lora_c: Tensor) -> plt.Figure:
-    """A sum of outer products as a row of pictures: c₁b₁a₁ᵀ + c₂b₂a₂ᵀ + ... = ΔW.
+    """A sum of outer products as a row of tables: c₀b₀a₀ᵀ + c₁b₁a₁ᵀ + ... = ΔW.
+
+    Each table has its column bᵢ on the left and its row aᵢ above it; all are counted from 0.
 
     Shapes: lora_A (r, d_in), lora_B (d_out, r), lora_c (r,)
     """
-    parts = torch.einsum("r,or,ri->roi", lora_c, lora_B, lora_A).detach()
-    pictures = [*parts, parts.sum(0)]
-    limit = max(p.abs().max().item() for p in pictures)
-    figure, axes = plt.subplots(
-        1, len(pictures), figsize=(2 * len(pictures), 2.2), layout="constrained"
-    )
-    titles = [rf"$c_{i} b_{i} a_{i}^\top$" for i in range(1, len(parts) + 1)] + ["sum = ΔW"]
-    for ax, picture, title in zip(axes, pictures, titles, strict=True):
-        image = ax.imshow(picture, cmap="RdBu", vmin=-limit, vmax=limit)
-        ax.set(title=title, xticks=[], yticks=[])
+    A, B, c = lora_A.detach(), lora_B.detach(), lora_c.detach()
+    parts = torch.einsum("r,or,ri->roi", c, B, A)
+    limits = [t.abs().max().item() or 1.0 for t in (torch.cat([parts, parts.sum(0)[None]]), A, B)]
+    panels = len(parts) + 1
+    figure, axes = plt.subplots(1, panels, figsize=(2 * panels, 2.2), layout="constrained")
+    for i, (ax, part) in enumerate(zip(axes, parts, strict=False)):
+        image = _table(ax, part, limits[0])
+        _table(ax, B[:, i : i + 1], limits[2], left=-1.6)  # the column
+        _table(ax, A[i : i + 1], limits[1], top=-1.6)  # the row
+        ax.set_title(rf"$c_{i}\, b_{i}\, a_{i}^\top,\ c_{i} = {c[i].item():.2g}$", fontsize=10)
+    image = _table(axes[-1], parts.sum(0), limits[0])
+    axes[-1].set_title("sum = ΔW", fontsize=10)
+    for ax in axes:
+        d_out, d_in = parts.shape[1:]
+        ax.set(xlim=(-1.8, d_in), ylim=(d_out, -1.8))
+        ax.set_xticks([i + 0.5 for i in range(d_in)], range(d_in), fontsize=7)
+        ax.set_yticks([i + 0.5 for i in range(d_out)], range(d_out), fontsize=7)
+        ax.tick_params(length=0, pad=1)
+        ax.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, shrink=0.8)
     return figure
 
 
-def plot_trajectories(trajectories: Tensor, ylabel: str, axes: plt.Axes | None = None) -> plt.Axes:
-    """One line per component over the steps: trajectories (steps, components)."""
+def _table(axes: plt.Axes, numbers: Tensor, limit: float, left: float = 0, top: float = 0):
+    """A matrix as colours, a square a number, its corner at (left, top)."""
+    down, across = numbers.shape
+    where = left, left + across, top + down, top
+    return axes.imshow(numbers.cpu().numpy(), cmap="RdBu", vmin=-limit, vmax=limit, extent=where)
+
+
+def plot_layer(learning: dict[str, set[str]]) -> plt.Figure:
+    """The layer as a road, x → A → c → B → +, once for each title: who gets a gradient is lit.
+
+    `learning`: a title, and which of "A", "c" and "B" a gradient reaches then.
+
+    Raises ValueError for any other name.
+    """
+    for title, names in learning.items():
+        if wrong := names - {"A", "c", "B"}:
+            raise ValueError(f"{title}: {sorted(wrong)} are no tensors of a layer: A, c and B are")
+    figure, axes = plt.subplots(
+        1, len(learning), figsize=(3.4 * len(learning), 2.0), layout="constrained", squeeze=False
+    )
+    for ax, (title, names) in zip(axes.flat, learning.items(), strict=True):
+        ax.set(xlim=(-0.6, 4.7), ylim=(-1.0, 1.5))
+        ax.set_title(title, fontsize=10)
+        ax.set_axis_off()
+        for x, name in enumerate(("x", "A", "c", "B", "+")):
+            lit = name in names
+            face = DISTINCT[1] if lit else ("white" if name in "x+" else GONE)
+            box = dict(boxstyle="round,pad=0.35", fc=face, ec="0.3" if name in "AcB" else "none")
+            ax.text(x, 0, name, ha="center", va="center", fontsize=12, bbox=box)
+            if name in "AcB":
+                words = "gradient" if lit else "no gradient"
+                ax.text(x, -0.75, words, ha="center", fontsize=7, color="black" if lit else "0.45")
+            if x < 4:
+                _arrow(ax, (x + 0.3, 0), (x + 0.7, 0), "0.3")
+        ax.plot([0, 0, 4], [0.35, 1.0, 1.0], color="0.3", lw=1)
+        _arrow(ax, (4, 1.0), (4, 0.3), "0.3")
+        ax.text(2, 1.08, "$W_0$, frozen", ha="center", fontsize=9)
+    return figure
+
+
+def _arrow(axes: plt.Axes, start: tuple[float, float], end: tuple[float, float], color: str):
+    axes.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", color=color, lw=1))
+
+
+def plot_trajectories(
+    trajectories: Tensor,
+    ylabel: str,
+    axes: plt.Axes | None = None,
+    labels: Sequence[str] | None = None,
+) -> plt.Axes:
+    """One line per component over the steps: trajectories (steps, components).
+
+    With `labels`, one a line, there is a legend on the right.
+    """
     axes = _axes(axes, figsize=(6, 3))
-    axes.plot(range(1, len(trajectories) + 1), trajectories, lw=1.2)
+    lines = axes.plot(range(1, len(trajectories) + 1), trajectories, lw=1.2)
+    if labels is not None:
+        axes.legend(
+            lines, labels, frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1)
+        )
     axes.set(xlabel="step", ylabel=ylabel)
     return axes
 
@@ -82,24 +154,41 @@ def plot_budget(schedules: dict[str, BudgetSchedule], axes: plt.Axes | None = No
         (line,) = axes.plot(steps, [schedule.budget(t) for t in steps], label=label)
         events = [t for t in steps if schedule.prunes_at(t)]
         axes.plot(events, [schedule.budget(t) for t in events], ".", color=line.get_color())
-    axes.set(xlabel="step t", ylabel="budget b(t), components per layer")
+    axes.set(xlabel="step t", ylabel="budget b(t), per matrix")
     axes.legend(frameon=False)
     return axes
 
 
-def plot_pruning_map(masks: dict[int, Tensor], axes: plt.Axes | None = None) -> plt.Axes:
-    """Which component survives after which event: masks {step: bool (N,)}; dark survives."""
+def plot_pruning_map(
+    masks: dict[int, Tensor], axes: plt.Axes | None = None, layers: int = 1
+) -> plt.Axes:
+    """Which component survives after which event: masks {step: bool (N,)}; dark survives.
+
+    With several `layers`, of equally many components each, lines part them, and components are
+    counted within their layer.
+    """
     axes = _axes(axes, figsize=(6, 3))
-    table = torch.stack(list(masks.values())).T.float()  # (N, events)
+    table = torch.stack(list(masks.values())).T.float().cpu().numpy()  # (N, events)
+    r = len(table) // layers
     axes.imshow(table, cmap="Blues", vmin=0, vmax=1.3, aspect="auto", interpolation="nearest")
-    axes.set_xticks(range(len(masks)), map(str, masks), rotation=90, fontsize=7)
+    every = math.ceil(len(masks) / 25)
+    events = list(masks)[::every]
+    axes.set_xticks(range(0, len(masks), every), map(str, events), rotation=90, fontsize=7)
     axes.set(xlabel="pruning event at step", ylabel="component, by position")
+    if layers > 1:
+        each = max(1, r // 4)
+        places = [place for place in range(len(table)) if place % r % each == 0]
+        axes.set_yticks(places, [str(place % r) for place in places], fontsize=7)
+        for layer in range(layers):
+            middle = 1 - (layer + 0.5) / layers
+            axes.text(
+                -0.045, middle, f"layer {layer}", transform=axes.transAxes,
+                rotation=90, ha="right", va="center", fontsize=9,
+            )  # fmt: skip
+            if layer:
+                axes.axhline(layer * r - 0.5, color="0.25", lw=1)
+        axes.set_ylabel("")
     return axes
-
-
-# Colours of matrices that eyes with any kind of colour vision can tell apart (Okabe and Ito).
-DISTINCT = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6D31", "#4D4D4D"]
-GONE = "#d9d9d9"  # a component that is pruned
 
 
 def film(events: Events, schedule: BudgetSchedule, title: str = "") -> FuncAnimation:
@@ -283,12 +372,11 @@ def plot_schematic(dark: bool = False) -> plt.Figure:
         matrix(67.5, y, k, left)
         text(71, y + 9.4, f"rank {len(left)}", 12, weight="bold")
     for place, (score, i, k) in enumerate(queue):
-        y = 8.4 + 2.85 * place
         alive = (i, k) in kept
-        box(46, y, 15 * score, 2.1, colours[k] if alive else faint)
-    y = 8.4 + 2.85 * DRAWN_BUDGET - 0.35
-    axes.plot([44.5, 62], [y, y], color=ink, lw=2)
-    text(62, y - 1.6, "the cut", 11, ha="right")
+        box(46, 8.4 + 2.85 * place, 15 * score, 2.1, colours[k] if alive else faint)
+    cut = 8.4 + 2.85 * DRAWN_BUDGET - 0.35
+    axes.plot([44.5, 62], [cut, cut], color=ink, lw=2)
+    text(62, cut - 1.6, "the cut", 11, ha="right")
     text(20, 3.5, r"every matrix: $W_0 + \sum_i\ c_i\, b_i a_i^\top$", 13)
     text(53.5, 3.5, "one queue, by score", 13)
     text(84, 3.5, "what is left: unequal ranks", 13)
@@ -357,13 +445,39 @@ def plot_scores(
     return axes
 
 
-def plot_learning_curve(record: dict, axes: plt.Axes | None = None) -> plt.Axes:
-    """Training loss of every step (left scale) and the metric of every evaluation (right)."""
+def plot_learning_curve(
+    record: dict, axes: plt.Axes | None = None, title: str | None = None
+) -> plt.Axes:
+    """Training loss of every step, raw and smoothed (left), and the metric of every evaluation.
+
+    The smoothed loss is an average that forgets by half in about 14 steps, without the pull
+    towards zero at its start. By default the title says what was run.
+    """
     axes = _axes(axes, figsize=(6, 3))
-    axes.plot(range(1, len(record["loss_curve"]) + 1), record["loss_curve"], lw=0.8, color="0.6")
+    losses = [float("nan") if loss is None else loss for loss in record["loss_curve"]]
+    smoothed, weight, line = 0.0, 0.0, []
+    for loss in losses:
+        if math.isfinite(loss):
+            smoothed, weight = 0.95 * smoothed + 0.05 * loss, 0.95 * weight + 0.05
+        line.append(smoothed / weight if weight else math.nan)
+    steps = range(1, len(losses) + 1)
+    (raw,) = axes.plot(steps, losses, lw=0.6, color="0.75")
+    (smooth,) = axes.plot(steps, line, lw=1.6, color=DISTINCT[0])
     axes.set(xlabel="step", ylabel="training loss")
-    right = axes.twinx()
+    axes.yaxis.label.set_color(DISTINCT[0])
+    axes.tick_params(axis="y", colors=DISTINCT[0])
+    right, metric = axes.twinx(), record.get("metric_name", "metric")
     evaluations = record["evaluations"]
-    right.plot([e["step"] for e in evaluations], [e["metric"] for e in evaluations], "o-")
-    right.set_ylabel(record.get("metric_name", "metric"))
+    points = [e["step"] for e in evaluations], [e["metric"] for e in evaluations]
+    (dots,) = right.plot(*points, "o-", ms=4, color=DISTINCT[4])
+    right.set_ylabel(metric, color=DISTINCT[4])
+    right.tick_params(axis="y", colors=DISTINCT[4])
+    right.spines["right"].set_visible(True)
+    named = {"loss": raw, "loss, smoothed": smooth, metric: dots}
+    axes.legend(named.values(), named, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3,
+                frameon=False, fontsize=8)  # fmt: skip
+    run = record.get("parameters", {})
+    axes.set_title(
+        " on ".join(filter(None, map(run.get, ("method", "task")))) if title is None else title
+    )
     return axes
