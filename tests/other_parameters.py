@@ -155,6 +155,7 @@ VALUES: dict[str, dict[str, list]] = {
     },
     "12": MORE
     | {
+        "task": ["xsum"],
         "model_name": ["tiny-bart"],
         "method": ["lora", "bitfit"],
         "batch_size": [2, 8],
