@@ -138,7 +138,7 @@ def _results() -> str:
         rows.append(
             f"| [{place.parts[1]}]({path.relative_to(ROOT)}) | {p['task']} | {p['model_name']} | "
             f"{p['method']} | {record['seed']} | {record['steps']} | "
-            f"{'' if last is None else f'{last:.3f}'} | {record['status']} |"
+            f"{'' if last is None else f'{last:.3f}'} {record['metric_name']} | {record['status']} |"
         )
     studies = [
         f"- [{path.name}](results/{path.name}), by `results/{path.stem}.py`"

@@ -31,7 +31,7 @@ window.moving = moving;
 
 /* A small plot: [x, y] points in the units of the data, as SVG in the colours of the page. */
 function plot(words, xlim, ylim, xlabel, ylabel, xticks, yticks) {
-  const W = 700, H = 260, L = 56, R = 22, T = 12, B = 44;
+  const W = plot.width, H = 260, L = 56, R = 22, T = 12, B = 44;
   const x = (v) => L + ((v - xlim[0]) / (xlim[1] - xlim[0])) * (W - L - R);
   const y = (v) => H - B - ((v - ylim[0]) / (ylim[1] - ylim[0])) * (H - T - B);
   const parts = [
@@ -49,6 +49,8 @@ function plot(words, xlim, ylim, xlabel, ylabel, xticks, yticks) {
   };
   return self;
 }
+
+plot.width = 700;
 
 const even = (most, count) => Array.from({ length: count + 1 }, (_, i) => (most * i) / count);
 const ticks = (most, count) => even(most, count).map((v) => [v, Math.round(v)]);
@@ -110,6 +112,7 @@ function start(box) {
   const form = box.querySelector("form");
   const data = JSON.parse(box.querySelector("script").textContent);
   const show = () => {
+    plot.width = Math.min(Math.max(box.clientWidth - 28, 300), 700); // so that words stay legible
     const given = {};
     for (const control of form.elements) {
       const number = control.type === "range";
