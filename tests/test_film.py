@@ -1,6 +1,7 @@
 """Figures that say something: what is drawn is what the record, the mask or the tensor holds."""
 
 import io
+from pathlib import Path
 
 import matplotlib
 import pytest
@@ -14,6 +15,7 @@ from drlora_ref.planted import recover
 matplotlib.use("Agg")
 SCHEDULE = BudgetSchedule(init_r=4, target_r=2, total_steps=60)
 pytestmark = pytest.mark.filterwarnings("ignore:Animation was deleted")
+FILM = Path(__file__).parents[1] / "results" / "film"
 LAYERS = "encoder.layer.{}.attention.self.{}"
 
 
@@ -86,6 +88,21 @@ def test_the_last_frame_stays_and_the_film_can_be_saved(planted_events, tmp_path
 def test_a_film_of_another_schedule_is_refused(given, message, planted_events):
     with pytest.raises(ValueError, match=message):
         plotting.film(planted_events, BudgetSchedule(**given))
+
+
+def test_the_committed_film_is_of_the_committed_record():
+    from drlora_ref.experiments.run.records import read_events, read_record
+    from drlora_ref.experiments.run.settings import Settings
+
+    record, events = read_record(FILM), read_events(FILM)
+    schedule = Settings(**record["parameters"]).schedule(record["total_steps"])
+    plotting.film(events, schedule)  # refuses events of another schedule
+    with Image.open(FILM / "film.gif") as gif:
+        assert gif.n_frames == len(events.steps) == 20 and gif.size == (800, 500)
+    assert (FILM / "film.gif").stat().st_size < 1_500_000
+    ranks = events.masks[-1].view(len(events.names), -1).sum(dim=1).tolist()
+    assert dict(zip(events.names, ranks, strict=True)) == record["rank_pattern"]
+    assert len(set(ranks)) > 2  # unequal, which is what the film is to show
 
 
 def test_the_drawing_keeps_as_many_as_its_budget_and_is_the_same_twice():
