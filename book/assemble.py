@@ -64,8 +64,8 @@ def _with_files(book: nbformat.NotebookNode, path: Path) -> nbformat.NotebookNod
 
 
 def _index() -> str:
-    side = [path for path in NOTEBOOKS if path.name[:2] not in CORE]
-    core = [path for path in NOTEBOOKS if path.name[:2] in CORE]
+    side = [path for path in NOTEBOOKS if path.stem.partition("_")[0] not in CORE]
+    core = [path for path in NOTEBOOKS if path.stem.partition("_")[0] in CORE]
     text = (BOOK / "index.md").read_text()
     parts = {
         "FILM": _film(),

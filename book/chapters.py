@@ -33,36 +33,38 @@ def title_and_question(path: Path) -> tuple[str, str]:
 
 def chapter(path: Path) -> nbformat.NotebookNode:
     """The notebook as the book shows it."""
-    book, number = nbformat.read(path, 4), path.name[:2]
-    answers = _solutions(path)
-    cells = []
+    book, number = nbformat.read(path, 4), path.stem.partition("_")[0]
+    answers, cells, section = _solutions(path), [], ""
     for cell in book.cells:
         tags = cell.metadata.get("tags", [])
         if HIDDEN & set(tags):
             cell.metadata["tags"] = [*tags, "hide-cell"]
-        if cell.cell_type == "markdown" and "hide-cell" in cell.metadata.get("tags", []):
-            cell.source = _closed("Show the answer", cell.source)
         if cell.cell_type == "code":
-            alt = _words_for_pictures(cell.source)
+            alt = cell.metadata.get("alt") or _words_for_pictures(cell.source, section)
             cell.metadata["mystnb"] = {"image": {"alt": alt}}
-        if cell.cell_type == "markdown":  # Jupyter's anchors keep their capitals
-            cell.source = re.sub(r"\]\(#[^)]+\)", lambda link: link[0].lower(), cell.source)
-            cell.source = re.sub(r"\$\$(.+?)\$\$", _numbered, cell.source, flags=re.S)
-        if (
-            number in MOVES
-            and (parts := re.split(r"^(?=## Exercises$)", cell.source, flags=re.M))[1:]
-        ):
-            before, cell.source = parts
+        else:
+            section = ([section, *re.findall(r"^##? (.+)$", cell.source, flags=re.M)])[-1]
+            cell.source = _for_myst(cell)
+        if number in MOVES and "## Exercises\n" in cell.source:
+            before, heading, after = cell.source.partition("## Exercises\n")
             cells += [new_markdown_cell(text) for text in (before, _move(MOVES[number])) if text]
+            cell.source = heading + after
         cells.append(cell)
-        for tag in tags:
-            if (exercise := tag.replace("check", "exercise")) in answers and exercise != tag:
-                source = f"```python\n{answers[exercise].strip()}\n```"
-                words = f"A solution of exercise {exercise.split('-')[1]}"
-                cells.append(new_markdown_cell(_closed(words, source)))
-    cells.insert(1, new_markdown_cell(_beside(number)))
-    book.cells = cells
+        for tag in {tag.replace("check", "exercise") for tag in tags if tag.startswith("check-")}:
+            code = f"```python\n{answers[tag].strip()}\n```"
+            words = f"A solution of exercise {tag.removeprefix('exercise-')}"
+            cells.append(new_markdown_cell(_closed(words, code)))
+    book.cells = [cells[0], new_markdown_cell(_beside(number)), *cells[1:]]
     return book
+
+
+def _for_myst(cell: nbformat.NotebookNode) -> str:
+    """The text of a Markdown cell, where Jupyter and Sphinx do not read the same."""
+    # Jupyter's anchors keep their capitals.
+    text = re.sub(r"\]\(#[^)]+\)", lambda link: link[0].lower(), cell.source)
+    text = re.sub(r"\$\$(.+?)\$\$", _numbered, text, flags=re.S)
+    hidden = "hide-cell" in cell.metadata.get("tags", [])
+    return _closed("Show the answer", text) if hidden else text
 
 
 def _numbered(formula: re.Match) -> str:
@@ -98,23 +100,23 @@ def _move(name: str) -> str:
     return f"## Move it by hand\n\n```{{raw}} html\n{html}\n```"
 
 
-def _words_for_pictures(source: str) -> str:
-    """Alternative text of what a cell draws: what its plotting functions say, and its labels."""
-    try:
-        tree = ast.parse(re.sub(r"^%", "# %", source, flags=re.M))
-    except SyntaxError:
-        return "Picture drawn by the cell above"
+NAMED = {"xlabel": "across: ", "ylabel": "up: ", "title": "", "label": "", "suptitle": ""}
+
+
+def _words_for_pictures(source: str, section: str) -> str:
+    """Alternative text of what a cell draws: its section, plotting functions, and labels."""
     said: list[str] = []
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(re.sub(r"^%.*", "pass", source, flags=re.M))):
         if isinstance(node, ast.Attribute) and node.attr.startswith("plot_"):
             drawn = inspect.getdoc(getattr(plotting, node.attr, None)) or ""
-            said.append(drawn.split("\n")[0].rstrip("."))
+            said.append(drawn.split("\n")[0].rstrip(".").replace("`", ""))
         if isinstance(node, ast.Call):
+            given = [(word.arg, word.value) for word in node.keywords]
+            if isinstance(node.func, ast.Attribute) and node.func.attr.startswith("set_"):
+                given += [(node.func.attr.removeprefix("set_"), value) for value in node.args[:1]]
             said += [
-                f"{word.arg.removesuffix('label')}: {word.value.value}".removeprefix(": ")
-                for word in node.keywords
-                if word.arg in ("xlabel", "ylabel", "title", "label", "suptitle")
-                and isinstance(word.value, ast.Constant)
-                and word.value.value
+                NAMED[name] + value.value
+                for name, value in given
+                if name in NAMED and isinstance(value, ast.Constant) and value.value
             ]
-    return "; ".join(dict.fromkeys(filter(None, said))) or "Picture drawn by the cell above"
+    return "; ".join([f"Figure in the section {section}", *dict.fromkeys(filter(None, said))])
