@@ -12,18 +12,17 @@ from pathlib import Path
 
 import matplotlib
 import nbformat
-import yaml
 from chapters import CORE, NOTEBOOKS, chapter, title_and_question
 from code_pages import PAPER, ROOMS, annotated, reference
 from moving import write as write_moving
 from PIL import Image, ImageSequence
 
+from drlora_ref.experiments.results.claims import WHOSE, Claim, claims
 from drlora_ref.experiments.run.records import read_events, read_record
 
 BOOK = Path(__file__).parent
 ROOT, SOURCE = BOOK.parent, BOOK / "_source"
 FILM = ROOT / "results" / "film"
-CLAIMS = ROOT / "drlora_ref" / "experiments" / "results" / "claims.yaml"
 
 
 def main() -> None:
@@ -41,8 +40,7 @@ def main() -> None:
         _place(f"api/{room}.md").write_text(reference(room))
     _place("results.md").write_text(_results())
     _place("print.md").write_text(_print())
-    if CLAIMS.exists():
-        _place("claims.md").write_text(_claims())
+    _place("claims.md").write_text(_claims())
     _place("index.md").write_text(_index())
 
 
@@ -74,7 +72,6 @@ def _index() -> str:
         "CORE_PAGES": "\n".join(f"notebooks/{path.stem}" for path in core),
         "SIDE_PAGES": "\n".join(f"notebooks/{path.stem}" for path in side),
         "PAPER": "\n".join(f"- [{n}.py](paper/{n}.md): {eq}" for n, (eq, _) in PAPER.items()),
-        "CLAIMS": "claims" if CLAIMS.exists() else "",
         "API_PAGES": "\n".join(f"api/{room}" for room in ROOMS),
     }
     for name, part in parts.items():
@@ -160,18 +157,26 @@ def _print() -> str:
 
 def _claims() -> str:
     """The claim ledger: whose claim, where it stands, and by what evidence."""
-    claims = yaml.safe_load(CLAIMS.read_text())
-    fields = ("claim", "source", "whose", "status", "evidence")
-    rows = [
-        "| " + " | ".join(_cell(claim.get(name, "")) for name in fields) + " |" for claim in claims
-    ]
     text = (BOOK / "claims.md").read_text()
-    return text.replace("@CLAIMS@", "\n".join(rows))
+    for whose in WHOSE:
+        rows = [_row(claim) for claim in claims() if claim.whose == whose]
+        text = text.replace(f"@{whose.upper()}@", "\n".join(rows))
+    return text
 
 
-def _cell(value) -> str:
-    listed = value if isinstance(value, list) else [value]
-    return "; ".join(str(item) for item in listed).replace("|", "\\|").replace("\n", " ")
+def _row(claim: Claim) -> str:
+    note = f": {claim.note}" if claim.note else ""
+    seen = ", ".join(map(_evidence, claim.evidence))
+    return f"| {claim.claim} | {claim.source} | **{claim.status}**{note} | {seen} |"
+
+
+def _evidence(item: str) -> str:
+    """A link to the notebook or the record; a test is named."""
+    kind, _, number = item.partition(" ")
+    if kind == "notebook":
+        (path,) = (path for path in NOTEBOOKS if path.stem.startswith(f"{number}_"))
+        return f"[{number}](notebooks/{path.name})"
+    return f"[{Path(item).name}]({item})" if item.startswith("results/") else f"`{item}`"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,10 @@ PAPER = {
 # The reference's pages: a title, and the folders or files that it covers.
 ROOMS = {
     "paper": ("The paper's eight files", [f"{name}.py" for name in PAPER]),
-    "around": ("Around them", ["watch.py", "precision.py", "events.py", "plotting.py"]),
+    "around": (
+        "Around them",
+        ["watch.py", "precision.py", "events.py", "observing.py", "plotting.py"],
+    ),
     "tuner": ("PEFT, Trainer and export", ["tuner"]),
     "sources": ("Experiments: sources", ["experiments/given.py", "experiments/sources"]),
     "tasks": ("Experiments: tasks", ["experiments/tasks"]),

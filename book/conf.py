@@ -21,7 +21,7 @@ nb_code_prompt_hide = "Hide the answer"
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 myst_links_external_new_tab = False
-suppress_warnings = ["mystnb.unknown_mime_type"]
+suppress_warnings = ["mystnb.unknown_mime_type", "ref.python"]  # two classes may share a name
 highlight_language = "python"
 
 html_theme = "furo"
