@@ -318,7 +318,7 @@ def test_a_replica_that_is_evaluated_on_another_batch_is_refused(given):
         (dict(max_steps=50), "max_steps: 60 and 50"),
         (dict(deltaT=5, beta=0.5), r"deltaT: 4 and 5, beta: 0\.9 and 0\.5"),
         (dict(method="full"), "method = 'full' on task = 'cola': only drlora and lora"),
-        (dict(task="squad_v1"), "on task = 'squad_v1': only drlora and lora on GLUE's tasks"),
+        (dict(task="boolq"), "on task = 'boolq': only drlora and lora on GLUE's tasks and SQuAD"),
     ],
 )
 def test_runs_that_cannot_share_are_refused_by_what_differs(change, message, tmp_path):

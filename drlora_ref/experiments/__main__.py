@@ -66,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     grid.add_argument("file", help="a YAML file as in notebooks/grids")
     grid.add_argument("--out", default="", help="by default runs/ and the file's name")
     grid.add_argument("--workers", type=int, default=1, help="runs at a time")
-    grid.add_argument("--replicas", type=int, default=1, help="runs in one pass on one encoder")
+    grid.add_argument(
+        "--replicas", type=literal, default=1, help="runs in one pass; auto: what the memory holds"
+    )
     grid.add_argument("--cluster", choices=["local", "slurm"], default="local")
     grid.add_argument("--stale", action="store_true", help="repeat what other code has done")
     grid.add_argument("--dry-run", action="store_true", help="say what there is to do, and stop")
