@@ -9,7 +9,7 @@ import itertools
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,14 +26,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from drlora_ref import BudgetSchedule
 from drlora_ref.experiments import methods
 from drlora_ref.experiments.methods import METHODS
-from drlora_ref.experiments.replicas import engine as many
 from drlora_ref.experiments.replicas.engine import Replicas
 from drlora_ref.experiments.replicas.many_runs import run_replicas
 from drlora_ref.experiments.replicas.model import replicate, take_apart
-from drlora_ref.experiments.run import engine as single
 from drlora_ref.experiments.run import one_run
 from drlora_ref.experiments.run.engine import OneModel
-from drlora_ref.experiments.run.graphs import LENGTHS, CapturedStep, Tape
+from drlora_ref.experiments.run.graphs import LENGTHS, CapturedStep, Tape, recording_by
 from drlora_ref.experiments.run.no_waits import NEVER, additive, without_waits
 from drlora_ref.experiments.run.settings import Settings
 from drlora_ref.experiments.tasks.data import Inputs
@@ -83,7 +81,8 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
         if not isinstance(values[0], list):
             return torch.tensor(values)
         if isinstance(values[0][0], list):  # of each row, its choices
-            return padded(sum(values, []), name).unflatten(0, (len(values), -1))
+            flat = [choice for row in values for choice in row]
+            return padded(flat, name).unflatten(0, (len(values), -1))
         longest = max(map(len, values))
         return torch.tensor([v + [fill] * (longest - len(v)) for v in values])
 
@@ -116,15 +115,15 @@ class OnlyRuns:
 
 
 @pytest.fixture
-def recorder(monkeypatch):
-    """A function that puts a recorder into both engines."""
+def recorder():
+    """A function that gives both engines another recorder."""
+    with ExitStack() as until_the_end:
 
-    def put(recorder, why_not=""):
-        for module in (single, many):
-            monkeypatch.setattr(module, "find_recorder", lambda *given: (recorder, why_not))
-        return recorder
+        def put(recorder, why_not=""):
+            until_the_end.enter_context(recording_by(recorder, why_not))
+            return recorder
 
-    return put
+        yield put
 
 
 @pytest.fixture
@@ -197,12 +196,12 @@ def test_the_captured_step_of_replicas_asks_for_no_value(kind, head, recorder, a
     assert engine.captured.about() == "captured"
 
 
-ASKS = [getattr(torch.ops.aten, name).default
-        for name in ("_local_scalar_dense", "nonzero", "is_nonzero", "unique_consecutive")]  # fmt: skip
+WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "unique_consecutive")
+ASKS = [getattr(torch.ops.aten, name).default for name in WAITING]
 
 
 def waits(act: Callable) -> list[str]:
-    """Where `act`, on a CPU, asks for a value that a GPU would first have to compute: file.function.
+    """Where `act`, on a CPU, asks for what a GPU would first have to compute: file.function.
 
     AdamW asks for its step counts, which are on the CPU on a machine with a GPU too.
     """
@@ -238,12 +237,12 @@ def test_where_the_eager_step_waits(kind, waiting):
         engine = one_model(kind, "SequenceClassification", torch.device("cpu"), method=method,
                            capture=False)  # fmt: skip
         engine.optimizer_step(1, [([0, 1, 2, 3],)])  # the first one makes AdamW's averages
-        found = waits(lambda: engine.optimizer_step(2, [([0, 1, 2, 3],)]))
+        found = waits(lambda engine=engine: engine.optimizer_step(2, [([0, 1, 2, 3],)]))
         assert found == waiting, method
 
 
 def test_where_the_eager_allocator_waits():
-    """At pruning events alone: the selection asks whether scores are finite and the keep is right."""
+    """At pruning events alone: the selection asks whether all scores are finite."""
     engine = one_model("Roberta", "SequenceClassification", torch.device("cpu"), capture=False)
     places = {}
     for step in range(1, SCHEDULE.total_steps + 1):

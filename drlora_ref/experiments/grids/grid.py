@@ -23,7 +23,7 @@ import torch
 
 from drlora_ref.experiments.given import place, screen, shown
 from drlora_ref.experiments.grids import processes
-from drlora_ref.experiments.grids.plans import PlannedRun, pack, plan, read_grid
+from drlora_ref.experiments.grids.plans import Grid, PlannedRun, pack, plan, read_grid
 from drlora_ref.experiments.grids.processes import WorkItem
 from drlora_ref.experiments.replicas.many_runs import OWN
 from drlora_ref.experiments.replicas.memory import MOST
@@ -69,7 +69,7 @@ def _other_files(run: PlannedRun, record: dict) -> list[str]:
 
 
 def run_grid(
-    file: str | Path,
+    file: str | Path | Grid,
     out: str | Path = "",
     workers: int = 1,
     cluster: str = "local",
@@ -81,7 +81,8 @@ def run_grid(
 
     It is 0 if all went well, 1 if a run failed, INTERRUPTED after Ctrl-C, TERMINATED after SIGTERM.
 
-    `out` is runs/<name of the file> by default; `stale` also repeats what other code has done.
+    `file` may also be what read_grid has read, and `out` must be named then; by default it is
+    runs/<name of the file>. `stale` also repeats what other code has done.
     With `replicas` above 1, up to so many runs that may share an encoder train in one pass and
     leave a record each, without the executed notebook; with "auto", as many as the GPU's memory
     holds, and without a GPU each by itself. What an earlier call has begun goes on as
@@ -89,7 +90,10 @@ def run_grid(
     Raises, before any work, what read_grid, plan and processes.starter raise, and
     BlockingIOError if another grid is at work in `out`; OSError when a process cannot be started.
     """
-    grid, out = read_grid(file), place(out or Path("runs", Path(file).stem))
+    if isinstance(file, dict):
+        grid, out = file, place(out)
+    else:
+        grid, out = read_grid(file), place(out or Path("runs", Path(file).stem))
     fits = replicas == "auto"
     if fits:
         replicas = MOST if torch.cuda.is_available() else 1

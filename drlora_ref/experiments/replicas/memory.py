@@ -58,6 +58,11 @@ def forget() -> None:
         torch.cuda.empty_cache()
 
 
+def _free() -> int:
+    """Bytes of the GPU's memory that nobody uses."""
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+
+
 def that_fit(settings: Settings) -> int:
     """How many replicas of this run the memory of this GPU holds, at most MOST; 1 without a GPU.
 
@@ -66,7 +71,7 @@ def that_fit(settings: Settings) -> int:
     if not torch.cuda.is_available():
         return 1
     forget()
-    room, _ = torch.cuda.mem_get_info()
+    room = _free()
     took: list[int] = []
     for replicas in (1, 2):
         try:
@@ -98,19 +103,21 @@ def run_fitting(
         most = 0
     if not most:  # out of the handler, which would keep the pass in memory
         forget()
-        most = min(that_fit(settings[0]), len(settings) - 1)
-        if not most:
-            raise ValueError(one_run.TOO_LITTLE.format(torch.cuda.mem_get_info()[0] / 2**30))
+        most = that_fit(settings[0])
+        if len(settings) == 1:
+            raise ValueError(one_run.TOO_LITTLE.format(_free() / 2**30))
+        if most >= len(settings):  # the line through two passes was too bold
+            most = len(settings) // 2
         if (place(settings[0].output_dir) / CHECKPOINT).exists():
             raise ValueError(
-                f"{len(settings)} replicas were begun together and about {most} fit into the memory "
-                "of this GPU: take a larger one, or remove the checkpoint and start over"
+                f"{len(settings)} replicas were begun together, and about {most} fit into this "
+                "GPU's memory: take a larger one, or remove the checkpoint and start over"
             )
     print(
         f"{len(settings)} replicas do not fit into the memory at once: {most} at a time", flush=True
     )
     found: list[Record] = []
     for first in range(0, len(settings), most):
-        found += run_replicas(settings[first : first + most], refused)
+        found += run_fitting(settings[first : first + most], False, refused)
         forget()
     return found

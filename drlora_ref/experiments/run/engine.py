@@ -28,7 +28,6 @@ from drlora_ref.experiments.tasks.data import Batch, Final, Inputs, share
 from drlora_ref.schedule import BudgetSchedule
 from drlora_ref.train import linear_warmup_and_decay
 
-
 FACTOR = "factor"  # among a batch's tensors: what its loss is multiplied by
 
 

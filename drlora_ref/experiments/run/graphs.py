@@ -12,7 +12,8 @@ of penalties, rows), and no value may be asked for on the way. So
 What records is exchangeable: CudaGraphs on a GPU, Tape on a CPU (for tests, and for notebook 16).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +30,15 @@ LENGTHS = (16, 24, 32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 256, 320, 384, 51
 PADDING = {"attention_mask": 0, "token_type_ids": 0, "labels": -100}
 WARM_UP = 3  # runs before a recording: libraries choose their kernels, gradients get their memory
 Key = tuple[tuple[str, torch.Size], ...]  # of a group: name and shape of each input
+
+
+def padded_length(longest: int, lengths: tuple[int, ...] = LENGTHS) -> int:
+    """To how many tokens a batch is padded whose longest row has so many; 0: to none of `lengths`.
+
+    >>> padded_length(33), padded_length(40), padded_length(2000)
+    (40, 40, 0)
+    """
+    return next((n for n in lengths if n >= longest), 0)
 
 
 class Recorder(Protocol):
@@ -177,7 +187,7 @@ class CapturedStep:
         widths = {}
         for name in {name for batch in group for name, t in batch.items() if t.dim() > 1}:
             longest = max(batch[name].shape[-1] for batch in group)
-            widths[name] = next((n for n in self.lengths if n >= longest), 0)
+            widths[name] = padded_length(longest, self.lengths)
         if 0 in widths.values():
             self._say(f"eager where a batch is longer than {self.lengths[-1]} tokens")
             return False, group
@@ -235,13 +245,28 @@ def _set_random_state(state: list[Tensor]) -> None:
         torch.cuda.set_rng_state(state[1])
 
 
+_instead: list[tuple[Recorder | None, str]] = []  # what recording_by says, innermost last
+
+
 def find_recorder(device: torch.device, processes: int) -> tuple[Recorder | None, str]:
     """(what records steps on this device, or None; why there is nothing)."""
+    if _instead:
+        return _instead[-1]
     if processes > 1:
         return None, "several processes exchange their gradients"
     if device.type != "cuda":
         return None, "there is no GPU"
     return CudaGraphs(), ""
+
+
+@contextmanager
+def recording_by(recorder: Recorder | None, why_not: str = "") -> Iterator[None]:
+    """Engines that are made within it record by this, whatever the device; None: not at all."""
+    _instead.append((recorder, why_not))
+    try:
+        yield
+    finally:
+        _instead.pop()
 
 
 def make_static(optimizer: torch.optim.AdamW) -> None:

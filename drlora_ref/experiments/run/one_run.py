@@ -36,8 +36,8 @@ from drlora_ref.train import verdict
 
 # Where not even one run fits.
 TOO_LITTLE = (
-    "the GPU's memory ({:.1f} GiB free) does not hold one run: take a smaller batch_size (and a larger "
-    "grad_accumulation), a smaller max_length or eval_batch_size"
+    "the GPU's memory ({:.1f} GiB free) does not hold one run: take a smaller batch_size (and a "
+    "larger grad_accumulation), a smaller max_length or eval_batch_size"
 )
 LOCK = ".lock"  # held by the process that works in a run's folder, or in a grid's
 

@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,6 +70,13 @@ class ModelSource:
     config_sha256: str = ""
     tokenizer_sha256: str = ""
 
+    def copy(self, folder: str | Path, **configuration: object) -> None:
+        """Its files in a new folder, with these entries of config.json changed."""
+        shutil.copytree(self.path, folder)
+        config = read_json(Path(folder, "config.json"))
+        text = json.dumps(config | configuration)
+        Path(folder, "config.json").write_text(text, encoding="utf-8")
+
     def about(self) -> dict[str, str]:
         """What a record says of its model."""
         names = ("source", "sha256", "config_sha256", "tokenizer_sha256")
@@ -81,7 +89,7 @@ def resolve_model(name: str) -> ModelSource:
     "minilm-l6" and "mpnet-base" are real encoders that come by pip; the tiny ones are random, and
     the same in every process. A folder with the weights of mpnet-base is said to be that.
 
-    Raises ImportError (the package of a model is not installed), ValueError (misspelt name, wrong weights),
+    Raises ImportError (a package is not installed), ValueError (misspelt name, wrong weights),
     FileNotFoundError (no such folder, or files missing from it), ConnectionError (no hub).
     """
     if name == "minilm-l6":
