@@ -447,7 +447,7 @@ def test_the_queue_of_the_project_names_grids_that_are_there_and_every_table(mon
     file = ROOT / "notebooks" / "grids" / "queue.yaml"
     entries = read_queue(file, Path("results/gpu"), "mpnet-base")
     names = [entry.name for entry in entries]
-    assert names[0] == "trial_base_rates.yaml" and len(names) == 19
+    assert names[0] == "trial_base_rates.yaml" and len(names) == 18
     for number in (2, 3, 4, 5, 6):
         assert f"table_{number}.yaml" in names
     for entry in entries:

@@ -9,15 +9,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from drlora_ref.allocator import RankAllocator
 from drlora_ref.experiments.given import read_json
-from drlora_ref.experiments.methods import METHODS
+from drlora_ref.experiments.methods import METHODS, Prepared
 from drlora_ref.experiments.replicas.many_runs import set_up_replicas
 from drlora_ref.experiments.replicas.memory import forget
 from drlora_ref.experiments.run import one_run, records
@@ -81,10 +82,11 @@ def speed(
 def of_one_run(settings: Settings, seconds: float, authors: bool = False) -> dict[str, Any]:
     """Steps a second and peak memory of a single run; `authors`: with scores computed as theirs."""
     ready = one_run.set_up(settings)
+    prepared = cast(Prepared, ready.prepared)
     if authors:
-        materialising = Materialising(ready.prepared.model, ready.schedule)
-        ready = replace(ready, prepared=ready.prepared._replace(allocator=materialising))
-    engine = OneModel(ready.prepared, ready.inputs, ready.schedule, settings, ready.accelerator)
+        materialising = Materialising(prepared.model, ready.schedule)
+        prepared = prepared._replace(allocator=materialising)
+    engine = OneModel(prepared, ready.inputs, ready.schedule, settings, ready.accelerator)
     order, lengths = make_order([ready.inputs], [settings]), row_lengths(ready.inputs.train)
     found = _measured(engine, order, lengths, seconds)
     return found | ({"captured": engine.captured.about()} if engine.captured else {})
@@ -121,23 +123,23 @@ def benchmark(
     `failed`, and the rest is measured. Raises as one_run.set_up does, for the model and the data.
     """
     base = replace(base, model_name=model_name, data_dir=data_dir or base.data_dir)
-    cells: dict[str, Callable[[Settings], dict]] = {}
+    dynamic = replace(base, method="drlora")
+    cells: dict[str, tuple[Settings, Callable[[Settings], dict]]] = {}
     for method in METHODS:
-        for capture in (False, True):
-            word = "captured" if capture else "eager"
+        for capture, word in ((False, "eager"), (True, "captured")):
             own = replace(base, method=method, capture=capture)
-            cells[f"{method}, {word}"] = lambda at, own=own: of_one_run(at(own), seconds)
-    eager = replace(base, method="drlora")
-    cells["drlora, the authors' scores"] = lambda at: of_one_run(at(eager), seconds, authors=True)
+            cells[f"{method}, {word}"] = own, partial(of_one_run, seconds=seconds)
+    authors = partial(of_one_run, seconds=seconds, authors=True)
+    cells["drlora, the authors' scores"] = dynamic, authors
     for n in replicas:
-        own = replace(base, method="drlora", capture=True)
-        cells[f"drlora, {n} replicas"] = lambda at, own=own, n=n: of_replicas(at(own), n, seconds)
+        together = partial(of_replicas, replicas=n, seconds=seconds)
+        cells[f"drlora, {n} replicas"] = replace(dynamic, capture=True), together
     source = one_run.resolve_model(model_name)
     found: dict[str, Any] = {"cells": {}, "failed": {}}
-    for name, measure in cells.items():
+    for name, (own, measure) in cells.items():
         with tempfile.TemporaryDirectory() as folder:
             try:
-                found["cells"][name] = measure(lambda own, f=folder: replace(own, output_dir=f))
+                found["cells"][name] = measure(replace(own, output_dir=folder))
                 print(f"{name}: {found['cells'][name]['steps']:.1f} steps a second", flush=True)
             except (RuntimeError, ValueError) as error:
                 found["failed"][name] = " ".join(str(error).split())[:200]

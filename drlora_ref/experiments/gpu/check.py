@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 
 from drlora_ref.experiments.methods import METHODS
 from drlora_ref.experiments.replicas import memory
@@ -18,6 +19,7 @@ from drlora_ref.experiments.run.graphs import recording_by
 from drlora_ref.experiments.run.loop import readable_time
 from drlora_ref.experiments.run.records import Record
 from drlora_ref.experiments.run.settings import Settings
+from drlora_ref.experiments.sources.models import resolve_model
 
 # Sixty steps with pruning from step 9 on, the last event at step 30, the mask fixed after it.
 TINY = Settings(task="cola", data_dir="generated", model_name="tiny-roberta", max_steps=60,
@@ -49,11 +51,10 @@ def _alike(one: Record, other: Record, tolerance: float) -> float:
 
 
 def _still(settings: Settings, folder: Path) -> Settings:
-    """The same without the model's own dropout: random numbers come otherwise for many than one."""
+    """The same without the model's own dropout: many draw other random numbers than one alone."""
     encoder = folder / "still"
-    if not encoder.exists():
-        ready = one_run.set_up(replace(settings, output_dir=str(folder / "for the encoder")))
-        ready.source.copy(encoder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    still: dict[str, object] = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    resolve_model(settings.model_name).copy(encoder, still)
     return replace(settings, model_name=str(encoder))
 
 
@@ -68,7 +69,8 @@ def graph_against_eager(base: Settings, folder: Path) -> str:
 
 
 def replicas_against_single_runs(base: Settings, folder: Path) -> str:
-    """Four replicas in one graph, and each of them alone: in bfloat16 up to its own rounding."""
+    """Four replicas in one graph, and each of them alone; in float32, where masks cannot differ."""
+    AcceleratorState._reset_state(True)  # accelerate lets a process choose its precision once
     base = replace(_still(base, folder), precision="fp32")
     four = [replace(base, **own, output_dir=str(folder / f"of four {i}"))
             for i, own in enumerate(FOUR)]  # fmt: skip
@@ -79,10 +81,10 @@ def replicas_against_single_runs(base: Settings, folder: Path) -> str:
 
 
 def every_method_takes_steps(base: Settings, folder: Path) -> str:
-    """Every method, captured: two steps, finite losses."""
+    """Every method, captured: ten steps, finite losses."""
     eagerly = []
     for method in METHODS:
-        own = replace(base, method=method, max_steps=2, output_dir=str(folder / method))
+        own = replace(base, method=method, max_steps=10, output_dir=str(folder / method))
         record = one_run.run(own)
         need(record["status"] != "diverged", f"{method} diverged in its first steps")
         if record["capture"] != "captured":
@@ -162,6 +164,7 @@ def check(base: Settings = TINY) -> int:
                 what = "" if isinstance(error, Failed) else f"{type(error).__name__}: "
                 verdict, found, failed = "FAILED", what + " ".join(str(error).split()), failed + 1
         memory.forget()
+        AcceleratorState._reset_state(True)
         print(f"{verdict}: {name}: {found}", flush=True)
     took = readable_time(time.perf_counter() - began)
     print(f"{len(CHECKS) - failed} of {len(CHECKS)} checks passed in {took}", flush=True)

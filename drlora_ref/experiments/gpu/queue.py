@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 from drlora_ref.experiments.given import check_known, place, read_yaml, shown
 from drlora_ref.experiments.gpu.benchmark import benchmark, read_benchmark
 from drlora_ref.experiments.grids.grid import TO_DO, run_grid, state_of
-from drlora_ref.experiments.grids.plans import Grid, PlannedRun, pack, plan, read_grid
+from drlora_ref.experiments.grids.plans import Grid, Parameters, PlannedRun, pack, plan, read_grid
 from drlora_ref.experiments.run import records
 from drlora_ref.experiments.run.graphs import padded_length
 from drlora_ref.experiments.run.loop import readable_time
@@ -133,7 +133,7 @@ def restrict(grid: Grid, only: dict[str, list]) -> Grid:
             key: [v for v in given if key != name or v in values]
             for key, given in grid.get("vary", {}).items()
         }
-        cases = grid.get("cases", [{}])
+        cases: list[Parameters] = grid.get("cases", [{}])
         grid["cases"] = [case for case in cases if case.get(name, values[0]) in values]
     return grid
 

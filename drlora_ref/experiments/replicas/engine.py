@@ -58,6 +58,7 @@ class Replicas:
         self.layers = replicated_layers(model)
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.prunes = prunes
+        self.gradients: list[Tensor] = []  # of what is trained, stacked
         self.views = [self._views(i) for i in range(len(settings))]
         groups = [
             {"params": own, "lr": one.learning_rate}
@@ -111,6 +112,7 @@ class Replicas:
         for name, stacked in self.trainable.items():
             if stacked.grad is None:
                 stacked.grad = torch.zeros_like(stacked)
+                self.gradients.append(stacked.grad)
             if name.endswith("lora_c") and not self.prunes[i]:
                 continue  # LoRA's c is 1 and is not trained
             view = nn.Parameter(stacked.detach()[i])
@@ -140,7 +142,7 @@ class Replicas:
 
     def _take(self, batches: list[Batch]) -> Tensor:
         """A step on these batches, but for the learning rates; it asks for no value."""
-        torch._foreach_zero_([stacked.grad for stacked in self.trainable.values()])
+        torch._foreach_zero_(self.gradients)
         rows = sum(len(batch["input_ids"]) for batch in batches)
         loss = torch.zeros(len(self.inputs), device=self.device)
         for batch in batches:

@@ -13,6 +13,7 @@ from drlora_ref.experiments.run import one_run
 from drlora_ref.experiments.run.checkpoints import CHECKPOINT
 from drlora_ref.experiments.run.records import Record
 from drlora_ref.experiments.run.settings import Settings
+from drlora_ref.experiments.tasks.evaluation import row_lengths
 
 MOST = 20  # more replicas hardly add to the runs' steps a second
 SPARE = 0.1  # of the memory, for fragments and evaluation
@@ -40,10 +41,10 @@ def measure(settings: Settings, replicas: int) -> int:
             replace(settings, seed=settings.seed + i, output_dir=str(Path(folder, str(i))))
             for i in range(replicas)
         ]
-        _, loop = set_up_replicas(own)
-        rows = loop.engine.rows
-        longest = rows.lengths.argsort(descending=True)[: settings.batch_size].tolist()
-        numbers = tuple([min(n, len(own.train) - 1) for n in longest] for own in loop.engine.inputs)
+        runs, loop = set_up_replicas(own)
+        lengths = row_lengths(runs[0].inputs.train)
+        longest = sorted(range(len(lengths)), key=lengths.__getitem__)[-settings.batch_size :]
+        numbers = (longest,) * replicas
         torch.cuda.reset_peak_memory_stats()
         for step in (1, 2):  # the second one finds AdamW's averages there
             loop.engine.optimizer_step(step, [numbers] * settings.grad_accumulation)
@@ -82,7 +83,7 @@ def that_fit(settings: Settings) -> int:
             forget()
     if not took:
         raise ValueError(one_run.TOO_LITTLE.format(room / 2**30))
-    return max(1, min(MOST, how_many(*took, room))) if len(took) == 2 else 1
+    return max(1, min(MOST, how_many(took[0], took[1], room))) if len(took) == 2 else 1
 
 
 def run_fitting(

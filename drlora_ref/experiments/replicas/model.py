@@ -231,7 +231,7 @@ def losses(output: Any, batch: Batch, replicas: int) -> Tensor:
                             reduction="none")
             for end in ("start", "end")
         ]  # fmt: skip
-        each = sum(ends) / 2
+        each = (ends[0] + ends[1]) / 2
     elif output.logits.shape[-1] == 1:
         each = (output.logits.float().squeeze(-1) - batch["labels"].float()).square()
     else:

@@ -4,7 +4,7 @@ Scores, smoothing, selection and penalties are the package's own functions, whic
 leading dimension; new is that budget and criterion differ from replica to replica.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -55,9 +55,13 @@ class ReplicaAllocator:
         self.smooths = True  # False: the training step does it itself, as a captured one
         n = self.alive.shape[2] * len(layers)
         self.ema = torch.zeros(len(prunes), n, device=self.alive.device)
-        stacks = stack_by_shape(list(layers.values()))
+        stacks = self._stacks()
         self.drawn = [torch.zeros_like(c) for _, (_, _, c) in stacks]  # of the score "random"
         self.alive_in = [self.alive[members] for members, _ in stacks]
+
+    def _stacks(self) -> list[tuple[list[int], tuple[Tensor, ...]]]:
+        """Layers of one shape, stacked: (layers, R, r, d_in), (layers, R, d_out, r), ..."""
+        return stack_by_shape(cast(list, list(self.layers.values())))
 
     @torch.no_grad()
     def draw(self) -> None:
@@ -83,7 +87,7 @@ class ReplicaAllocator:
         """
         given = seen_by_the_step(self.layers, self.needs, self.watch)
         by_layer: dict[int, Tensor] = {}
-        stacks = stack_by_shape(list(self.layers.values()))
+        stacks = self._stacks()
         for (members, (A, B, c)), drawn, alive in zip(
             stacks, self.drawn, self.alive_in, strict=True
         ):  # (layers, R, r, d)
@@ -139,7 +143,7 @@ class ReplicaAllocator:
         """R of Eq. 10, or the rival of this name, one for each replica, with gradient: (R,)."""
         total = sum(
             PENALTIES[name](A, B).sum(dim=0) * A.shape[-2]  # means over r, padding included
-            for _, (A, B, _) in stack_by_shape(list(self.layers.values()))
+            for _, (A, B, _) in self._stacks()
         )
         return total / self.alive.sum(dim=(0, 2))
 

@@ -113,8 +113,8 @@ class OneModel:
         """Take the steps by graphs, where there is what records them."""
         make_static(self.optimizer)
         device, allocator = self.accelerator.device, self.prepared.allocator
-        term, after = self.prepared.loss_term, self.schedule.t_end + 1
-        self.term_ends = bool(term) and term(after) is None
+        term = self.prepared.loss_term
+        self.term_ends = term is not None and term(self.schedule.t_end + 1) is None
         self.adds_term = torch.ones((), device=device)
         self.smooths = torch.ones((), dtype=torch.bool, device=device)
         # Others, and random scores, which are drawn on the CPU, are allocated between two steps.

@@ -61,7 +61,8 @@ class CudaGraphs:
     """
 
     def __init__(self) -> None:
-        self.stream, self.pool = torch.cuda.Stream(), None
+        self.stream = torch.cuda.Stream()
+        self.pool: Any = None  # of all graphs, once there is one
         self.stream.wait_stream(torch.cuda.current_stream())
         torch.cuda.set_stream(self.stream)
 

