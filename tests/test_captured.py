@@ -31,10 +31,11 @@ from drlora_ref.experiments.replicas.many_runs import run_replicas
 from drlora_ref.experiments.replicas.model import replicate, take_apart
 from drlora_ref.experiments.run import one_run
 from drlora_ref.experiments.run.engine import OneModel
-from drlora_ref.experiments.run.graphs import LENGTHS, CapturedStep, Tape, recording_by
+from drlora_ref.experiments.run.graphs import LENGTHS, CapturedStep, Strict, Tape, recording_by
 from drlora_ref.experiments.run.no_waits import NEVER, additive, without_waits
 from drlora_ref.experiments.run.settings import Settings
 from drlora_ref.experiments.tasks.data import Inputs
+from drlora_ref.train import train
 
 META = torch.device("meta")
 SCHEDULE = BudgetSchedule(4, 2, 20, deltaT=2)
@@ -200,25 +201,35 @@ WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "unique_consecutive")
 ASKS = [getattr(torch.ops.aten, name).default for name in WAITING]
 
 
+FETCHES = ("tolist", "cpu", "numpy")  # of a tensor: they bring it to the CPU
+
+
 def waits(act: Callable) -> list[str]:
     """Where `act`, on a CPU, asks for what a GPU would first have to compute: file.function.
 
     AdamW asks for its step counts, which are on the CPU on a machine with a GPU too.
     """
-    found = {}
+    found: dict[str, bool] = {}
+
+    def note() -> None:
+        frames = [f for f in traceback.extract_stack() if "test_captured" not in f.filename]
+        if not any("/optim/" in f.filename for f in frames):
+            asked = [f for f in frames if "/torch/" not in f.filename][-1]
+            found[f"{Path(asked.filename).stem}.{asked.name}"] = True
 
     class Noting(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             by_mask = function is torch.ops.aten.index.Tensor and any(
                 t is not None and t.dtype == torch.bool for t in args[1]
             )
-            frames = [f for f in traceback.extract_stack() if "test_captured" not in f.filename]
-            if (by_mask or function in ASKS) and not any("/optim/" in f.filename for f in frames):
-                asked = [f for f in frames if "/torch/" not in f.filename][-1]
-                found[f"{Path(asked.filename).stem}.{asked.name}"] = True
+            if by_mask or function in ASKS:
+                note()
             return function(*args, **kwargs or {})
 
-    with Noting():
+    with pytest.MonkeyPatch.context() as patch, Noting():
+        for name in FETCHES:
+            really = getattr(torch.Tensor, name)
+            patch.setattr(torch.Tensor, name, lambda self, really=really: (note(), really(self))[1])
         act()
     return list(found)
 
@@ -241,15 +252,48 @@ def test_where_the_eager_step_waits(kind, waiting):
         assert found == waiting, method
 
 
+CPU = torch.device("cpu")
+EVENT = "allocator.select_components"  # asks whether all scores are finite
+
+
 def test_where_the_eager_allocator_waits():
-    """At pruning events alone: the selection asks whether all scores are finite."""
-    engine = one_model("Roberta", "SequenceClassification", torch.device("cpu"), capture=False)
-    places = {}
+    """At pruning events alone."""
+    engine = one_model("Roberta", "SequenceClassification", CPU, capture=False)
     for step in range(1, SCHEDULE.total_steps + 1):
         engine.optimizer_step(step, [([0, 1, 2, 3],)])
-        places[step] = waits(lambda step=step: engine.allocate(step, [True]))
-    for step, found in places.items():
-        assert found == (["allocator.select_components"] if SCHEDULE.prunes_at(step) else []), step
+        found = waits(lambda step=step: engine.allocate(step, [True]))
+        assert found == ([EVENT] if SCHEDULE.prunes_at(step) else []), step
+
+
+@pytest.mark.parametrize("capture", [False, True])
+def test_where_replicas_wait(capture):
+    """In a forward pass for the mask, unless captured; and at pruning events, which say who is
+    sound. What the losses were is asked by the Loop, every ten steps.
+    """
+    changes = [{}, dict(method="lora"), dict(score="random"), dict(score="output_norm")]
+    engine = replicas_of("Roberta", "SequenceClassification", changes, CPU, capture=capture)
+    for step in range(1, SCHEDULE.total_steps + 1):
+        found = waits(lambda step=step: engine.optimizer_step(step, [([0, 1, 2, 3],) * 4]))
+        # The widths of rows, which are on the CPU everywhere.
+        assert found == ["rows.__getitem__"] + ([] if capture else [MASK])
+        found = waits(lambda step=step: engine.allocate(step, [True] * 4))
+        assert found == ([EVENT, "step._prune"] if SCHEDULE.prunes_at(step) else []), step
+
+
+def test_where_the_page_long_loop_waits():
+    """For the masks, at a look at the losses, and at pruning events and evaluations."""
+    engine = one_model("Roberta", "SequenceClassification", CPU, capture=False, method="drlora")
+    prepared, data = engine.prepared, engine.inputs
+    evaluate = lambda model: {"metric": 0.0, "collapsed": False}  # noqa: E731
+    found = waits(
+        lambda: train(
+            prepared.model, data.train, data.collate, evaluate, SCHEDULE, prepared.allocator,
+            batch_size=4,
+        )
+    )  # fmt: skip
+    assert set(found) - {MASK} == {
+        EVENT, "train.train", "train.first_non_finite", "allocator.rank_pattern"
+    }  # fmt: skip
 
 
 # --- a graph is the step ------------------------------------------------------------------------
@@ -318,6 +362,26 @@ def test_what_cannot_be_recorded_says_why_once_and_goes_on_eagerly(capsys):
         assert state == times * batch(2, 3)["input_ids"].sum()  # the attempt left nothing behind
     said = "eager: a value was asked for, which a recording cannot have"
     assert captured.about() == said and capsys.readouterr().out == f"capture: {said}\n"
+
+
+@pytest.mark.parametrize("asks", [float, lambda x: x[x > 0], lambda x: x.nonzero(), bool,
+                                  lambda x: x.to("meta")])  # fmt: skip
+def test_a_strict_run_refuses_what_a_gpu_would_choke_on(asks):
+    with Strict(), pytest.raises(RuntimeError, match=r"a value was asked for|between cpu and meta"):
+        asks(torch.ones(()))
+
+
+def test_the_reason_is_the_first_error_not_what_ending_the_recording_raised():
+    class Ends:
+        def record(self, step):
+            try:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            finally:
+                raise RuntimeError("capture was invalidated")
+
+    captured, _ = sums(Ends())
+    captured([batch(2, 3)])
+    assert captured.about() == "eager: operation not permitted when stream is capturing"
 
 
 def test_out_of_memory_while_recording_is_no_reason_to_go_on_eagerly():

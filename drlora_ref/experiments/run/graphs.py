@@ -51,6 +51,40 @@ class Recorder(Protocol):
         """
 
 
+ASKS = [getattr(torch.ops.aten, name).default
+        for name in ("_local_scalar_dense", "nonzero", "unique_consecutive")]  # fmt: skip
+
+
+class Strict(TorchDispatchMode):
+    """Within it a step that asks for a value, or mixes devices, raises RuntimeError.
+
+    Recording such a step on a GPU would fail too, but leave the generator and the memory of that
+    GPU in a state in which nothing goes on.
+
+    >>> with Strict():
+    ...     float(torch.ones(()))
+    Traceback (most recent call last):
+    RuntimeError: a value was asked for, which a recording cannot have
+    """
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = _tensors((args, kwargs))
+        by_mask = function is torch.ops.aten.index.Tensor and any(
+            t.dtype in (torch.bool, torch.uint8) for t in tensors[1:]
+        )
+        if by_mask or function in ASKS:
+            raise RuntimeError("a value was asked for, which a recording cannot have")
+        devices = {t.device.type for t in tensors if t.dim()}  # a CPU's number goes with any
+        if function is torch.ops.aten._to_copy.default and kwargs.get("device"):
+            devices |= {args[0].device.type, torch.device(kwargs["device"]).type}
+        if len(devices) > 1:
+            raise RuntimeError(f"{function} is between {' and '.join(sorted(devices))}")
+        return function(*args, **kwargs)
+
+
 class CudaGraphs:
     """Records CUDA graphs, all of them in one pool of memory.
 
@@ -68,7 +102,9 @@ class CudaGraphs:
 
     def record(self, step: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
         """As Recorder's; one that fails leaves the stream as it was."""
-        for _ in range(WARM_UP):
+        for _ in range(WARM_UP - 1):
+            step()
+        with Strict():
             step()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -78,7 +114,7 @@ class CudaGraphs:
         return graph.replay, result
 
 
-class Tape(TorchDispatchMode):
+class Tape(Strict):
     """A graph on a CPU: writes down every operation on tensors, and does them again in order.
 
     Like a CUDA graph it knows tensors and nothing else. Python is not run again: a branch stays
@@ -104,9 +140,7 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if function is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("a value was asked for, which a recording cannot have")
+        result = super().__torch_dispatch__(function, types, args, kwargs)
         self.calls.append((function, args, kwargs or {}, _tensors(result)))
         return result
 
@@ -217,7 +251,10 @@ class CapturedStep:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self._give_up(" ".join(str(error).split())[:200])
+            cause: BaseException = error  # the end of a recording that failed raises on top of it
+            while cause.__context__:
+                cause = cause.__context__
+            self._give_up(" ".join(str(cause).split())[:200])
         finally:
             with torch.no_grad():
                 for tensor, value in zip(self.state(), before, strict=True):
