@@ -552,6 +552,25 @@ def test_without_its_packages_mpnet_base_names_the_extra():
         models.resolve_model("mpnet-base")
 
 
+@pytest.mark.parametrize(
+    "name", ["roberta-base", "bert-base-uncased", "microsoft/mpnet-base", "facebook/bart-base",
+             "sentence-transformers/all-mpnet-base-v2"],
+)  # fmt: skip
+def test_names_on_the_hub_are_not_taken_for_misspelt(name, monkeypatch):
+    def asked(what, *given, **more):
+        raise ConnectionError(f"asked for {what}")
+
+    monkeypatch.setattr(models, "fetch_from_hub", asked)
+    with pytest.raises(ConnectionError, match=f"asked for model '{name}'"):
+        models.resolve_model(name)
+
+
+@pytest.mark.parametrize("name", ["mpnet", "mpnet_base", "all-mpnet-base-v2", "MPNet-Base"])
+def test_a_misspelt_mpnet_base_is_named(name):
+    with pytest.raises(ValueError, match=r"nearest: mpnet-base"):
+        models.resolve_model(name)
+
+
 def test_a_pack_comes_out_as_it_went_in(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(packing, "PIECE", 2**15)
     monkeypatch.setattr(packing, "download", lambda wheels, python: None)

@@ -108,7 +108,9 @@ def resolve_model(name: str) -> ModelSource:
         return _check_files(name, folder, f"local folder {name}")
     if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
         raise FileNotFoundError(f"model {name!r}: no such folder (it reads as a path, not a name)")
-    if near := nearest(name, OWN):
+    # Names on the hub end in -base too, and those of other owners' encoders have a slash.
+    own = OWN if "mpnet" in name.lower() and "/" not in name else ("minilm-l6", *TINY)
+    if near := nearest(name, own):
         use = f"{', '.join(OWN)}, a folder, or a name on the hub"
         raise ValueError(f"unknown model {name!r} (nearest: {near}): use {use}")
     huggingface_hub.utils.validate_repo_id(name)
