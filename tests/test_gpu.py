@@ -592,6 +592,22 @@ def test_a_pack_comes_out_as_it_went_in(tmp_path, monkeypatch, capsys):
     assert "part-001: FAILED" in broken.stdout + broken.stderr
 
 
+def test_what_is_packed_is_all_that_the_experiments_use_beyond_torch():
+    names = packing.needed("drlora-ref", "experiments")
+    assert {"transformers", "peft", "datasets", "submitit", "pyyaml", "tokenizers"} <= names
+    assert "torch" in names and "pytest" not in names and "drlora-ref" not in names
+    assert {"transformers", "peft"}.isdisjoint(packing.needed("torch"))
+
+
+def test_a_wheel_that_cannot_be_had_is_named(tmp_path, monkeypatch):
+    failed = SimpleNamespace(
+        returncode=1, stderr="WARNING: slow\nERROR: No matching distribution\n"
+    )
+    monkeypatch.setattr(packing.subprocess, "run", lambda *given, **more: failed)
+    with pytest.raises(OSError, match="pip download failed: ERROR: No matching distribution"):
+        packing.download(tmp_path, "3.12")
+
+
 def test_a_pack_of_a_folder_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="data_dir = 'none': no such folder"):
         packing.pack(".gpu", "tiny-roberta", "none")

@@ -193,6 +193,19 @@ def test_records_are_those_of_single_runs_and_say_how_many_shared(tmp_path, stil
     assert not list(tmp_path.rglob("checkpoint.pt"))
 
 
+def test_replicas_answer_questions_as_single_runs_do(tmp_path, still):
+    """Rows are padded to the longest of all replicas, and no position of that padding counts."""
+    squad = dict(task="squad_v1", max_length=64, stride=8, max_steps=8)
+    given = settings(tmp_path, dict(seed=0), dict(seed=1, method="lora"), **still, **squad)
+    for one, record in zip(given, run_replicas(given), strict=True):
+        alone = one_run.run(dataclasses.replace(one, output_dir=one.output_dir + "-alone"))
+        assert record["key"] == alone["key"]
+        for name in ("rank_pattern", "budget_curve", "trainable_parameters", "evaluations"):
+            assert record[name] == alone[name], name
+        losses = [torch.tensor(r["loss_curve"]) for r in (record, alone)]
+        torch.testing.assert_close(*losses, atol=3e-5, rtol=0)
+
+
 # By its loss, seen at a look; or by its scores, at the pruning event right after the step.
 DIVERGES = [dict(learning_rate=1e30), dict(learning_rate=1e18, score="frobenius_norm"),
             dict(learning_rate=1e8), dict(learning_rate=1e30, score="output_norm"),

