@@ -9,7 +9,7 @@ DATA_DIR ?=
 OUT ?= runs/$(TASK)
 SETTINGS ?= notebooks/settings/$(if $(filter grammar,$(TASK)),laptop,glue_laptop).yaml
 
-.PHONY: run test quick lint notebooks trial gpu gpu-pack lab clean
+.PHONY: run test quick lint notebooks parameters trial gpu gpu-pack lab clean
 
 PAPER := layer importance schedule regularizer allocator train inject planted
 
@@ -56,6 +56,12 @@ notebooks: $(READY)
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
 	  --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 	$(BIN)/jupyter nbconvert --to notebook --inplace --coalesce-streams notebooks/*.ipynb
+
+# Each notebook with other values of its parameters, one by one and mixed at random. About an hour;
+# `make test` runs two mixtures of each. NOTEBOOK="06 07" takes these alone.
+parameters: export OMP_NUM_THREADS = 1
+parameters: $(READY)
+	$(BIN)/python tests/other_parameters.py $(NOTEBOOK)
 
 # The trial of notebook 18, part by part: rates, then seeds, then maps. Many hours on a CPU; started
 # again, it goes on where it stopped. GLUE_DIR, or the hub, has the tasks that are not embedded.

@@ -68,7 +68,8 @@ def stacked_layers(n_maps: int, dim: int, r: int) -> tuple[nn.ModuleList, dict[s
     Eight small matrices cost eight times the overhead of one; as one batched product they cost
     once. So what trains are stacks, lora_A (maps, r, dim) and so on, and each layer's own lora_A
     is a view of its slice: what the optimizer writes, the layer shows; the allocator writes zeros
-    through the layers' lora_c into the stack.
+    through the layers' lora_c into the stack. So is the gradient of its lora_c, as long as the
+    stack's gradient is set to zero in place.
     """
     layers = nn.ModuleList(
         DynamicLoRALinear(nn.Linear(dim, dim, bias=False), r, lora_alpha=r, lora_dropout=0.0)
@@ -79,6 +80,9 @@ def stacked_layers(n_maps: int, dim: int, r: int) -> tuple[nn.ModuleList, dict[s
         stacks[name] = nn.Parameter(torch.stack([getattr(layer, name).data for layer in layers]))
         for layer, window in zip(layers, stacks[name].data, strict=True):
             setattr(layer, name, nn.Parameter(window, requires_grad=False))
+    stacks["lora_c"].grad = torch.zeros(n_maps, r)
+    for layer, window in zip(layers, stacks["lora_c"].grad, strict=True):
+        layer.lora_c.grad = window
     return layers, stacks
 
 
@@ -141,7 +145,7 @@ def recover(
     for step in range(1, total_steps + 1):
         x = lengths * torch.randn(len(planted_ranks), BATCH, dim, generator=draw)
         y = x @ truth.mT + noise * torch.randn(x.shape, generator=draw)
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)
         train_together(allocator.layers, stacks, x, y, weights)
         if penalty_weight and not schedule.pruning_ended(step):
             R = penalise(stacks["lora_A"], stacks["lora_B"]).mean()  # all maps have init_r
@@ -226,7 +230,7 @@ def train_together(
     y: Tensor,
     weights: Tensor,
 ) -> None:
-    """Forward and backward pass of all maps; each layer gets the z and the gradient that are its.
+    """Forward and backward pass of all maps; a layer that is watched is shown the z that is its.
 
     Shapes: x, y (maps, batch, dim), weights (maps,)
     """
@@ -235,10 +239,9 @@ def train_together(
     prediction = (z * c.unsqueeze(-2)) @ B.mT  # (maps, batch, dim)
     losses = (prediction - y).square().mean(dim=(1, 2))
     (losses * weights).sum().backward()
-    for layer, own_z, c_grad in zip(layers.values(), z, cast(Tensor, c.grad), strict=True):
+    for i, layer in enumerate(layers.values()):
         if layer.watch:
-            layer.watch(own_z)
-        layer.lora_c.grad = c_grad
+            layer.watch(z[i])
 
 
 def gradient_norms(stacks: dict[str, nn.Parameter], pruned: Tensor) -> Tensor:

@@ -600,9 +600,8 @@ def test_what_is_packed_is_all_that_the_experiments_use_beyond_torch():
 
 
 def test_a_wheel_that_cannot_be_had_is_named(tmp_path, monkeypatch):
-    failed = SimpleNamespace(
-        returncode=1, stderr="WARNING: slow\nERROR: No matching distribution\n"
-    )
+    error = "WARNING: slow\nERROR: No matching distribution\n"
+    failed = SimpleNamespace(returncode=1, stderr=error)
     monkeypatch.setattr(packing.subprocess, "run", lambda *given, **more: failed)
     with pytest.raises(OSError, match="pip download failed: ERROR: No matching distribution"):
         packing.download(tmp_path, "3.12")

@@ -11,6 +11,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -99,24 +100,30 @@ from drlora_ref.experiments.run import one_run
 from drlora_ref.experiments.run.checkpoints import Checkpoint
 from drlora_ref.experiments.run.settings import Settings
 kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
-ready = one_run.set_up(Settings(**eval(sys.argv[1])))
-exec(textwrap.dedent(sys.argv[2]))
-one_run.write(ready, one_run.train(ready))
+children = []
+for settings, code in eval(sys.argv[1]):
+    if not (child := os.fork()):  # what is imported need not be imported again
+        ready = one_run.set_up(Settings(**settings))
+        exec(textwrap.dedent(code))
+        one_run.write(ready, one_run.train(ready))
+        os._exit(0)
+    children.append(child)
+print(*[os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children], file=sys.stderr)
 """
 
 
-def start(settings: Settings, code: str) -> subprocess.Popen:
-    words = [sys.executable, "-c", KILLED, repr(dataclasses.asdict(settings)), code.strip("\n")]
+def start(*runs: tuple[Settings, str]) -> subprocess.Popen:
+    """Runs in processes of their own, beside each other; their exit codes go to stderr."""
+    given = [(dataclasses.asdict(settings), code.strip("\n")) for settings, code in runs]
+    words = [sys.executable, "-c", KILLED, repr(given)]
     return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def test_a_killed_run_goes_on_and_ends_in_the_same_record(tmp_path, whole_run):
-    processes = {
-        moment: start(tiny(tmp_path / moment), code) for moment, code in KILLS.items()
-    }  # side by side: starting up is most of it
-    for moment, process in processes.items():
-        _, error = process.communicate(timeout=300)
-        assert process.returncode == -signal.SIGKILL, error
+    runs = [(tiny(tmp_path / moment), code) for moment, code in KILLS.items()]
+    error = start(*runs).communicate(timeout=300)[1]
+    assert error.split()[-len(KILLS) :] == [str(-signal.SIGKILL)] * len(KILLS), error
+    for moment in KILLS:
         folder, settings = tmp_path / moment, tiny(tmp_path / moment)
         if moment.startswith("between the record"):
             assert without_costs(read_record(folder)) == without_costs(whole_run)
@@ -133,10 +140,11 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_record(tmp_path, whole_run):
 
 
 def test_a_run_killed_from_outside_goes_on_and_ends_in_the_same_record(tmp_path, whole_run):
-    process = start(tiny(tmp_path), "")
+    process = start((tiny(tmp_path), ""))
     while not (tmp_path / "checkpoint.pt").exists():
         assert process.poll() is None, process.stderr.read()
-    process.kill()
+    (child,) = psutil.Process(process.pid).children()
+    child.kill()
     process.wait()
     if not (tmp_path / "record.json").exists():  # it may just have finished
         one_run.run(tiny(tmp_path))
@@ -180,26 +188,39 @@ def test_accumulated_batches_with_dem_are_one_large_batch(tmp_path):
     assert small == pytest.approx(large, abs=2e-4)
 
 
-@pytest.mark.parametrize("score", ["frobenius_share", "output_norm", "loss_sensitivity"])
-def test_two_processes_train_as_one(score, tmp_path):
-    """Over gloo: same batches, same gradients, same masks on both."""
-    folder = tmp_path / "model"
-    still_model(folder)
-    given = dict(model_name=str(folder), lora_dropout=0.0, max_steps=12, score=score)
-    settings = tiny(tmp_path / "two", **given)
-    words = [word for k, v in dataclasses.asdict(settings).items() for word in ("-p", k, repr(v))]
-    del words[words.index("output_dir") - 1 : words.index("output_dir") + 2]
-    # What `accelerate launch --multi_gpu` runs underneath; it has no such launcher for a CPU alone.
-    launch = "torch.distributed.run --standalone --nproc_per_node 2 -m drlora_ref.experiments run"
-    command = [sys.executable, "-m", *launch.split(), settings.output_dir, *words]
+# What `accelerate launch --multi_gpu` runs underneath; it has no such launcher for a CPU alone.
+TWO_PROCESSES = "torch.distributed.run --standalone --nproc_per_node 2"
+SEVERAL = """
+import sys
+from drlora_ref.experiments.__main__ import main
+for words in eval(sys.argv[1]):
+    assert main(words) == 0
+"""
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """Over gloo: same batches, same gradients, same masks on both; one pair trains every score."""
+    still_model(tmp_path / "model")
+    (tmp_path / "several.py").write_text(SEVERAL)
+    given = dict(model_name=str(tmp_path / "model"), lora_dropout=0.0, max_steps=12)
+    commands = []
+    for score in ("frobenius_share", "output_norm", "loss_sensitivity"):
+        settings = dataclasses.asdict(tiny(tmp_path / score, **given, score=score))
+        output_dir = settings.pop("output_dir")
+        words = [word for k, v in settings.items() for word in ("-p", k, repr(v))]
+        commands.append(["run", output_dir, *words])
+    script = [tmp_path / "several.py", repr(commands)]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", *TWO_PROCESSES.split(), *script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=one_thread)
     assert done.returncode == 0, done.stderr[-3000:]
-    two, one = read_record(tmp_path / "two"), one_run.run(tiny(tmp_path / "one", **given))
-    assert two["environment"]["processes"] == 2
-    assert two["loss_curve"] == pytest.approx(one["loss_curve"], abs=1e-4)
-    assert two["budget_curve"] == one["budget_curve"]
-    assert two["rank_pattern"] == one["rank_pattern"]
+    for score in ("frobenius_share", "output_norm", "loss_sensitivity"):
+        two = read_record(tmp_path / score)
+        one = one_run.run(tiny(tmp_path / f"one {score}", **given, score=score))
+        assert two["environment"]["processes"] == 2
+        assert two["loss_curve"] == pytest.approx(one["loss_curve"], abs=1e-4), score
+        assert two["budget_curve"] == one["budget_curve"], score
+        assert two["rank_pattern"] == one["rank_pattern"], score
 
 
 def test_a_batch_smaller_than_the_processes_is_shared_with_weight_zero():

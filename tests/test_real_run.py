@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
-from papermill.exceptions import PapermillExecutionError
+from in_process import execute
 
 from drlora_ref.experiments.__main__ import main
 from drlora_ref.experiments.grids.notebooks import run_notebook
@@ -61,7 +61,7 @@ def test_a_dynamic_run_leaves_a_whole_record_figures_and_the_executed_notebook(s
 
 
 def test_a_lora_run_keeps_target_r_everywhere_and_follows_the_same_rules(small, tmp_path):
-    run_notebook(NOTEBOOK, tmp_path, {**small, "method": "lora", "target_r": 2})
+    execute(NOTEBOOK, {**small, "output_dir": str(tmp_path), "method": "lora", "target_r": 2})
     record = read_record(tmp_path)
     assert set(record["rank_pattern"].values()) == {2} and len(record["rank_pattern"]) == 12
     assert record["trainable_parameters"]["adapter"] == 2 * 2 * (4 * 32 + 2 * 48)
@@ -70,7 +70,7 @@ def test_a_lora_run_keeps_target_r_everywhere_and_follows_the_same_rules(small, 
 
 
 def test_a_run_that_diverges_stops_and_its_record_says_so(small, tmp_path):
-    run_notebook(NOTEBOOK, tmp_path, {**small, "learning_rate": 1e30})
+    execute(NOTEBOOK, {**small, "output_dir": str(tmp_path), "learning_rate": 1e30})
     record = read_record(tmp_path)
     assert record["status"] == "diverged" and 1 <= record["flagged_at"] <= record["steps"] < 30
     assert record["best"] is None and None in record["loss_curve"]
@@ -81,15 +81,9 @@ def test_a_record_is_never_overwritten_without_being_told_to(small, tmp_path, ca
     with pytest.raises(FileExistsError, match="holds a record already: pass overwrite=True"):
         run_notebook(NOTEBOOK, tmp_path, small)
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
-    # ... nor by papermill itself, which knows nothing of our check
-    with pytest.raises(PapermillExecutionError, match="holds a record already"):
-        papermill.execute_notebook(
-            NOTEBOOK,
-            None,
-            {**small, "output_dir": str(tmp_path)},
-            kernel_name="python3",
-            progress_bar=False,
-        )
+    # ... nor by the cells themselves, as papermill alone would run them
+    with pytest.raises(FileExistsError, match="holds a record already"):
+        execute(NOTEBOOK, {**small, "output_dir": str(tmp_path)})
     assert json.loads((tmp_path / "record.json").read_text()) == {"precious": 1}
 
 

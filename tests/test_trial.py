@@ -3,11 +3,10 @@
 import json
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
+from in_process import execute
 
-from drlora_ref.experiments.grids.notebooks import run_notebook
 from drlora_ref.experiments.run.records import write_predictions
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "18_where_should_the_rank_go.ipynb"
@@ -62,9 +61,7 @@ def printed(tmp_path_factory) -> str:
         for name in ("lora r=2", "frobenius_share"):
             write(root / "results/trial_sst2_rates" / f"{name}-{batch_size}", 100, right,
                   **ARMS[name][1], batch_size=batch_size)  # fmt: skip
-    executed = run_notebook(NOTEBOOK, root / "out", {"results_dir": str(root / "results")})
-    cells = nbformat.read(executed, 4).cells
-    return "".join(o.get("text", "") for cell in cells for o in cell.get("outputs", []))
+    return execute(NOTEBOOK, {"results_dir": str(root / "results")})
 
 
 def answer(printed: str, question: str) -> str:
