@@ -1,4 +1,4 @@
-"""Claims of the notebooks that are observed, not proven: they hold with the numbers printed there."""
+"""Claims of the notebooks that are observed, not proven: they hold with the numbers in them."""
 
 
 def observed(claim: str, holds: object) -> None:

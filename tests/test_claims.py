@@ -1,0 +1,155 @@
+"""The claim ledger against the records, notebooks and tests that it names."""
+
+import json
+import re
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+from drlora_ref.experiments.results.claims import STATUSES, WHOSE, as_markdown, claims, ledger
+
+ROOT = Path(__file__).parents[1]
+each_claim = pytest.mark.parametrize("claim", claims(), ids=lambda claim: claim.id)
+
+
+def errors_by_score() -> dict[tuple[str, str], list[float]]:
+    """{(world, score): relative errors, one a seed} of notebook 17's runs."""
+    runs = json.loads((ROOT / "results" / "planted_scores.json").read_text())["runs"]
+    return {
+        (world, score): [run["relative_error"] for run in found]
+        for world, scores in runs.items()
+        for score, found in scores.items()
+    }
+
+
+def errors_of_study(**asked) -> list[float]:
+    """Relative errors of notebook 19's runs with these settings, one a seed."""
+    record = json.loads((ROOT / "results" / "planted_studies.json").read_text())
+    runs = [record["defaults"] | run for run in record["runs"]]
+    wanted = record["defaults"] | asked
+    found = [r for r in runs if all(r[name] == value for name, value in wanted.items())]
+    assert {run["seed"] for run in found} == set(record["seeds"])
+    return [run["relative_error"] for run in found]
+
+
+UNIFORM = {"score": "frobenius_norm", "uniform": True}
+
+
+def unequal_needs() -> bool:
+    wins = [
+        max(errors_of_study(world=world)) < min(errors_of_study(world=world, **UNIFORM))
+        for world in ("gentle", "steep")
+    ]
+    on_equal = mean(errors_of_study(world="equal")), mean(errors_of_study(world="equal", **UNIFORM))
+    return all(wins) and on_equal[0] > on_equal[1]
+
+
+def share() -> bool:
+    found = errors_by_score()
+    return min(found["equal maps", "frobenius_share"]) > max(found["equal maps", "frobenius_norm"])
+
+
+def calmer_pruning() -> bool:
+    record = json.loads((ROOT / "results" / "dem_seeds.json").read_text())["differences"]
+    clear = {name: sum(-c > 2 * e for c, e, _ in found) for name, found in record.items()}
+    return clear["DEM 0.3"] == clear["L2 0.3"] == 10 and 3 <= clear["DEM 0.15"] <= 7
+
+
+def initial_budget() -> bool:
+    of = {
+        r: mean(errors_of_study(world="steep", score="frobenius_norm", init_r=r)) for r in (6, 12)
+    }
+    eq7 = {r: mean(errors_of_study(world="equal", init_r=r)) for r in (6, 12)}
+    return of[12] < of[6] and eq7[12] > eq7[6]
+
+
+def cheap() -> bool:
+    ratio = json.loads((ROOT / "results" / "speed.json").read_text())["ratio_to_training_step"]
+    return max(value for name, value in ratio.items() if name != "training step") < 0.01
+
+
+def answers() -> bool:
+    found = errors_by_score()
+    scaled = found["input scales", "output_norm"]
+    others = found["input scales", "frobenius_share"] + found["input scales", "frobenius_norm"]
+    return max(scaled) < min(others)
+
+
+def unread_answers() -> bool:
+    found = errors_by_score()
+    return max(found["unread answers", "loss_sensitivity"]) < 0.4 * min(
+        found["unread answers", "output_norm"]
+    )
+
+
+def chance() -> bool:
+    return all(
+        mean(errors_of_study(world=world, score="random"))
+        > mean(errors_of_study(world=world, **UNIFORM))
+        for world in ("equal", "gentle", "steep")
+    )
+
+
+def other_penalties() -> bool:
+    """Each at the best of the weights that notebook 19 tries."""
+    record = json.loads((ROOT / "results" / "planted_studies.json").read_text())
+    runs = [record["defaults"] | run for run in record["runs"]]
+    best = {}
+    for penalty in ("dem", "l2", "spectral"):
+        mine = [r for r in runs if r["penalty"] == penalty and r["learning_rate"] == 0.01]
+        weights = {r["penalty_weight"] for r in mine if r["penalty_weight"] > 0}
+        tried = [errors_of_study(penalty=penalty, penalty_weight=weight) for weight in weights]
+        best[penalty] = min(tried, key=mean)
+    return max(best["l2"] + best["spectral"]) < min(best["dem"]) / 2
+
+
+# What a claim with a record says, recomputed from it; its status and note stand on this.
+CHECKS = {
+    "unequal needs": unequal_needs,
+    "share": share,
+    "calmer pruning": calmer_pruning,
+    "initial budget": initial_budget,
+    "cheap": cheap,
+    "answers": answers,
+    "unread answers": unread_answers,
+    "chance": chance,
+    "other penalties": other_penalties,
+}
+
+
+def test_each_claim_has_a_name_of_its_own_and_words_of_the_ledger():
+    assert len({claim.id for claim in claims()}) == len(claims()) == len(ledger())
+    assert {claim.whose for claim in claims()} == set(WHOSE)
+    assert {claim.status for claim in claims()} == set(STATUSES)
+
+
+@each_claim
+def test_the_evidence_is_there(claim):
+    assert claim.evidence
+    for item in claim.evidence:
+        if number := re.fullmatch(r"notebook (\d\d)", item):
+            assert list((ROOT / "notebooks").glob(f"{number[1]}_*.ipynb")), item
+        else:
+            assert (ROOT / item).is_file(), item
+
+
+@each_claim
+def test_what_a_record_decides_is_recomputed(claim):
+    assert (claim.id in CHECKS) == any(item.startswith("results/") for item in claim.evidence)
+    assert claim.id not in CHECKS or CHECKS[claim.id]()
+
+
+def test_what_is_not_run_names_no_record():
+    for claim in claims():
+        records = [item for item in claim.evidence if item.startswith("results/")]
+        assert not (records and claim.status == "not run"), claim.id
+
+
+def test_another_word_for_whose_is_refused():
+    with pytest.raises(ValueError, match=r"whose 'theirs' .*use paper, ours"):
+        ledger("theirs")
+
+
+def test_readme_has_the_papers_side_of_the_ledger():
+    assert as_markdown("paper") in (ROOT / "README.md").read_text(encoding="utf-8")
