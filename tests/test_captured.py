@@ -169,12 +169,15 @@ def replicas_of(kind: str, head: str, changes: list[dict], device=META, **given)
 # --- asks for no value -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind, head", HEADS)
+EVERY = [(kind, "SequenceClassification", method) for kind in BASES for method in METHODS]
+EVERY += [(*head, method) for head in HEADS[len(BASES) :] for method in ("drlora", "lora")]
+
+
+@pytest.mark.parametrize("kind, head, method", EVERY)
 def test_the_captured_step_of_a_single_run_asks_for_no_value(
     kind, head, method, recorder, adamw_on_meta
 ):
-    """Every method on every kind of model, before the last event and after it."""
+    """Every method on every kind of model, before the last event and after it; and every head."""
     ran = recorder(OnlyRuns())
     engine = one_model(kind, head, method=method)
     for step in (1, SCHEDULE.total_steps):
@@ -475,9 +478,9 @@ def test_replayed_replicas_are_the_eager_ones_bit_for_bit(task, recorder, tmp_pa
 
 
 def test_captured_replicas_go_as_those_that_are_not(recorder, tmp_path):
-    """Up to rounding: other kernels, wider rows. Dropout off, 60 steps, pruning and the freeze."""
+    """Up to rounding: other kernels, wider rows. Dropout off, with pruning and the freeze."""
     still_model(tmp_path / "still")
-    given = dict(model_name=str(tmp_path / "still"), lora_dropout=0.0, max_steps=60, deltaT=4)
+    given = dict(model_name=str(tmp_path / "still"), lora_dropout=0.0, max_steps=30, deltaT=4)
     recorder(Tape())
     changes = MANY[:4]
     captured = run_replicas(pack(tmp_path / "captured", changes, **given))

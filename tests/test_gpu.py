@@ -23,6 +23,7 @@ from drlora_ref.experiments.gpu import queue as queues
 from drlora_ref.experiments.gpu.queue import Speeds, read_queue, restrict
 from drlora_ref.experiments.grids import processes
 from drlora_ref.experiments.grids.grid import run_grid
+from drlora_ref.experiments.methods import METHODS
 from drlora_ref.experiments.replicas import memory
 from drlora_ref.experiments.run import one_run, records
 from drlora_ref.experiments.run.graphs import Tape, recording_by
@@ -77,10 +78,13 @@ def test_a_check_that_fails_ends_the_command(with_gpu, monkeypatch, capsys):
 # --- the check ----------------------------------------------------------------------------------
 
 
+SHORT = replace(checking.TINY, max_steps=16, deltaT=2)
+
+
 @pytest.mark.parametrize("name", checking.CHECKS)
 def test_each_check_passes_where_a_tape_stands_for_the_graphs(name, tmp_path):
     with recording_by(Tape()):
-        assert checking.CHECKS[name](checking.TINY, tmp_path)
+        assert checking.CHECKS[name](SHORT, tmp_path)
 
 
 class Forgetful:
@@ -94,7 +98,7 @@ def test_a_graph_that_is_not_the_step_fails_the_check_and_the_others_go_on(monke
     names = ("graph against eager", "peak memory of replicas")
     monkeypatch.setattr(checking, "CHECKS", {name: checking.CHECKS[name] for name in names})
     with recording_by(Forgetful()):
-        assert checking.check(replace(checking.TINY, max_steps=20)) == 1
+        assert checking.check(SHORT) == 1
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("FAILED: graph against eager: ") for line in lines)
     assert lines[-2].startswith("ok: peak memory") and lines[-1].startswith("1 of 2 checks passed")
@@ -102,10 +106,13 @@ def test_a_graph_that_is_not_the_step_fails_the_check_and_the_others_go_on(monke
 
 def test_a_step_that_is_not_captured_fails_the_check(tmp_path):
     with pytest.raises(checking.Failed, match="not captured, eager: there is no GPU"):
-        checking.graph_against_eager(checking.TINY, tmp_path)
+        checking.graph_against_eager(SHORT, tmp_path)
 
 
 # --- the benchmark ------------------------------------------------------------------------------
+
+
+FEW = {name: METHODS[name] for name in ("drlora", "adalora", "full")}
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +120,7 @@ def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("measured")
     base = replace(measuring.BASE, data_dir="generated", init_r=3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measuring, "STEPS", 2)
+        patch.setattr(measuring, "METHODS", FEW)
         patch.setattr(measuring.speed, "__defaults__", (2,))
         found = measuring.benchmark(
             folder, "tiny-roberta", seconds=0.01, base=base, replicas=(1, 2)
@@ -124,9 +131,7 @@ def measured(tmp_path_factory):
 def test_a_benchmark_measures_each_method_eager_and_captured(measured):
     folder, found = measured
     assert found == measuring.read_benchmark(folder)
-    from drlora_ref.experiments.methods import METHODS
-
-    cells = {f"{m}, {way}" for m in METHODS for way in ("eager", "captured")}
+    cells = {f"{m}, {way}" for m in FEW for way in ("eager", "captured")}
     assert set(found["cells"]) == cells | {
         "drlora, the authors' scores", "drlora, 1 replicas", "drlora, 2 replicas"
     }  # fmt: skip

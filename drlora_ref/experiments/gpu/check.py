@@ -65,7 +65,7 @@ def graph_against_eager(base: Settings, folder: Path) -> str:
     with recording_by(None, "for comparison"):
         eager = one_run.run(replace(base, output_dir=str(folder / "eager")))
     need(captured["capture"] == "captured", f"not captured, {captured['capture']}")
-    return f"losses of 60 steps differ by {_alike(captured, eager, NEAR):.1e} at most"
+    return f"losses of {base.max_steps} steps differ by {_alike(captured, eager, NEAR):.1e} at most"
 
 
 def replicas_against_single_runs(base: Settings, folder: Path) -> str:
@@ -100,21 +100,21 @@ def a_run_that_is_cut_goes_on(base: Settings, folder: Path) -> str:
     """Cut in the middle of a step, and started again: the record of a run that nobody disturbed."""
     whole = one_run.run(replace(base, output_dir=str(folder / "whole")))
     cut = replace(base, output_dir=str(folder / "cut"))
-    really = OneModel.optimizer_step
+    really, half = OneModel.optimizer_step, base.max_steps // 2 - 1
 
-    def until_26(self: OneModel, step: int, group: list) -> torch.Tensor:
-        if step == 26:
+    def until_then(self: OneModel, step: int, group: list) -> torch.Tensor:
+        if step == half:
             raise _Cut
         return really(self, step, group)
 
-    OneModel.optimizer_step = until_26  # type: ignore[method-assign]
+    OneModel.optimizer_step = until_then  # type: ignore[method-assign]
     try:
         with suppress(_Cut):
             one_run.run(cut)
     finally:
         OneModel.optimizer_step = really  # type: ignore[method-assign]
     most = _alike(whole, one_run.run(cut), NEAR)
-    return f"cut in step 26 of 60, with losses that differ by {most:.1e} at most"
+    return f"cut in step {half} of {base.max_steps}, with losses that differ by {most:.1e} at most"
 
 
 def _reserved(settings: Settings, replicas: int) -> int:
