@@ -279,6 +279,8 @@ def test_a_run_costs_its_steps_its_evaluations_and_its_start():
     widths = 5 * 16 * 24  # a batch of generated sentences is padded to 24 tokens
     assert long - short == pytest.approx(1000 * (0.01 + 1e-6 * widths), rel=0.2)
     assert short > queues.START
+    alike = speeds.run(replace(own, group_by_length=True), 1000, 1)
+    assert queues.START < alike <= speeds.run(own, 1000, 1)
 
 
 def write_queue(entries: list[dict], **common) -> str:

@@ -202,7 +202,9 @@ class Speeds:
         rows = replicas * settings.batch_size * settings.grad_accumulation
         if not settings.max_steps:
             steps = round(steps * windows)
-        step = self.step(settings.method, rows * _mean_width(lengths, rows))
+        # Rows of one batch are alike in length or random, those of other replicas are random.
+        random_rows = replicas if settings.group_by_length else rows
+        step = self.step(settings.method, rows * _mean_width(lengths, random_rows))
         # Evaluations: before training, after each epoch, and at the end the final questions.
         times = 2 + (settings.epochs if not settings.max_steps else steps // 500)
         batches = asked / settings.eval_batch_size
