@@ -142,3 +142,22 @@ def test_the_solutions_solve_the_exercises(path, tmp_path):
         progress_bar=False,
     )
     assert are_solved(path, done)
+
+
+@each_notebook
+def test_what_answers_a_prediction_is_folded(path):
+    book = nbformat.read(path, 4).cells
+    for i, cell in enumerate(book):
+        if "reveal" not in tags(cell):
+            continue
+        asserted = [
+            c for c in book[i + 1 : i + 2] if c.cell_type == "code" and "assert " in c.source
+        ]
+        for folded in (cell, *asserted):
+            assert "hide-cell" in tags(folded)  # in the book
+            hidden = folded.metadata.jupyter
+            assert hidden.source_hidden and hidden.outputs_hidden  # in JupyterLab
+    prose = [c.source for c in book if c.cell_type == "markdown"]
+    folds = "".join(prose).count("<details><summary>Answer</summary>\n\n")
+    assert folds == "".join(prose).count("\n\n</details>")
+    assert folds >= "".join(prose).count("**Predict.**") // 3
