@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -143,6 +144,7 @@ def test_a_run_killed_from_outside_goes_on_and_ends_in_the_same_record(tmp_path,
     process = start((tiny(tmp_path), ""))
     while not (tmp_path / "checkpoint.pt").exists():
         assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
     (child,) = psutil.Process(process.pid).children()
     child.kill()
     process.wait()
