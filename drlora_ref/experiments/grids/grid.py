@@ -19,12 +19,14 @@ from pathlib import Path
 from types import FrameType
 
 import submitit
+import torch
 
 from drlora_ref.experiments.given import place, screen, shown
 from drlora_ref.experiments.grids import processes
-from drlora_ref.experiments.grids.plans import PlannedRun, pack, plan, read_grid
+from drlora_ref.experiments.grids.plans import Grid, PlannedRun, pack, plan, read_grid
 from drlora_ref.experiments.grids.processes import WorkItem
 from drlora_ref.experiments.replicas.many_runs import OWN
+from drlora_ref.experiments.replicas.memory import MOST
 from drlora_ref.experiments.run.checkpoints import CHECKPOINT, runs_in
 from drlora_ref.experiments.run.loop import readable_time
 from drlora_ref.experiments.run.one_run import claim, code_hash
@@ -67,29 +69,38 @@ def _other_files(run: PlannedRun, record: dict) -> list[str]:
 
 
 def run_grid(
-    file: str | Path,
+    file: str | Path | Grid,
     out: str | Path = "",
     workers: int = 1,
     cluster: str = "local",
     stale: bool = False,
     dry_run: bool = False,
-    replicas: int = 1,
+    replicas: int | str = 1,
 ) -> int:
     """Do the runs of a grid that are not done yet; returns the exit status.
 
     It is 0 if all went well, 1 if a run failed, INTERRUPTED after Ctrl-C, TERMINATED after SIGTERM.
 
-    `out` is runs/<name of the file> by default; `stale` also repeats what other code has done.
+    `file` may also be what read_grid has read, and `out` must be named then; by default it is
+    runs/<name of the file>. `stale` also repeats what other code has done.
     With `replicas` above 1, up to so many runs that may share an encoder train in one pass and
-    leave a record each, without the executed notebook. What an earlier call has begun goes on as
+    leave a record each, without the executed notebook; with "auto", as many as the GPU's memory
+    holds, and without a GPU each by itself. What an earlier call has begun goes on as
     it was begun: a pass with its replicas, a run alone.
     Raises, before any work, what read_grid, plan and processes.starter raise, and
     BlockingIOError if another grid is at work in `out`; OSError when a process cannot be started.
     """
-    grid, out = read_grid(file), place(out or Path("runs", Path(file).stem))
+    if isinstance(file, dict):
+        grid, out = file, place(out)
+    else:
+        grid, out = read_grid(file), place(out or Path("runs", Path(file).stem))
+    fits = replicas == "auto"
+    if fits:
+        replicas = MOST if torch.cuda.is_available() else 1
     for name, value in (("workers", workers), ("replicas", replicas)):
-        if value < 1:
-            raise ValueError(f"{name} = {value}: must be at least 1")
+        if not isinstance(value, int) or value < 1:
+            words = " or auto" if name == "replicas" else ""
+            raise ValueError(f"{name} = {shown(value)}: must be at least 1{words}")
     if "cost" in grid:
         text = "cost: {optimizer_steps:,} optimizer steps, {gpu_hours:,} GPU hours; {basis}"
         print(text.format(**grid["cost"]), flush=True)
@@ -99,8 +110,19 @@ def run_grid(
     if dry_run:
         return _show(runs)
     out.mkdir(parents=True, exist_ok=True)
-    with claim(out):
-        return _work(runs, start, stale, replicas)
+    with claim(out), _environment({processes.FIT: "1"} if fits else {}):
+        return _work(runs, start, stale, int(replicas))
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """The processes that are started within inherit these."""
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in variables:
+            os.environ.pop(name)
 
 
 def _show(runs: list[PlannedRun]) -> int:

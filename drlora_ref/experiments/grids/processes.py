@@ -42,6 +42,7 @@ SLURM = {
     "qos": "slurm_qos",
     "constraint": "slurm_constraint",
 }
+FIT = "DRLORA_FIT"  # in the environment of a grid whose packs are as large as the memory allows
 QUEUED = "slurm_job"  # the file that holds the number of the job array that was submitted last
 GRACE = 20  # seconds that a run has to save a checkpoint before it is killed
 YEAR_MIN = 365 * 24 * 60  # submitit ends a local job after two minutes if it is not told otherwise
@@ -72,6 +73,8 @@ class ProcessWork(submitit.helpers.Checkpointable):
     def __call__(self, pack: Pack, environment: dict[str, str], grid_pid: int = 0) -> None:
         """Do the runs of this pack; once the process `grid_pid` has ended, so does this one.
 
+        With FIT in the environment, so many of them at a time as the GPU's memory holds.
+
         Raises RuntimeError, which says in one line what went wrong in the run.
         """
         if grid_pid:
@@ -94,10 +97,10 @@ class ProcessWork(submitit.helpers.Checkpointable):
 
 
 def _run_together(pack: Pack) -> None:
-    from drlora_ref.experiments.replicas.many_runs import run_replicas
+    from drlora_ref.experiments.replicas.memory import run_fitting
 
     refused: list[Exception] = []
-    run_replicas([_settings(item) for item in pack], refused)
+    run_fitting([_settings(item) for item in pack], FIT in os.environ, refused)
     if refused:
         raise refused[0]
 

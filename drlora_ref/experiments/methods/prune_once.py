@@ -106,7 +106,8 @@ class OneCut:
         scalings = [layer.scaling["default"] for layer in self.layers.values()]
         values *= torch.tensor(scalings).unsqueeze(1)
         keep = self.schedule.keep_count(self.schedule.t_end, values.numel())
-        self.mask = select_components(values.flatten(), keep).view_as(self.mask)
+        mask = select_components(values.flatten(), keep).view_as(self.mask)
+        self.mask = mask.to(factors[0][0].device)  # where every later step reads it
 
     def _zero(self) -> None:
         As, Bs = zip(*self._factors(), strict=True)
@@ -143,4 +144,5 @@ class OneCut:
                 raise ValueError(
                     f"the saved state is of another {name}: {state[name]}, here {value}"
                 )
-        self.mask, self.last_step = state["mask"].clone(), state["last_step"]
+        self.mask = state["mask"].to(self._factors()[0][0].device)
+        self.last_step = state["last_step"]

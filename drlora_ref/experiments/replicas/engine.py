@@ -10,13 +10,23 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from drlora_ref.experiments.replicas.model import Together, losses, replicated_layers
+from drlora_ref.experiments.replicas.model import LABELS, Together, losses, replicated_layers
 from drlora_ref.experiments.replicas.rows import PaddedRows
 from drlora_ref.experiments.replicas.step import ReplicaAllocator
-from drlora_ref.experiments.run.engine import warmed_up
+from drlora_ref.experiments.run.engine import hasten, warmed_up
+from drlora_ref.experiments.run.graphs import (
+    CapturedStep,
+    Recorder,
+    find_recorder,
+    load_static,
+    make_static,
+    optimizer_tensors,
+    smooth_in_place,
+)
+from drlora_ref.experiments.run.no_waits import OwnSpans, plain, without_waits
 from drlora_ref.experiments.run.order import Numbers
 from drlora_ref.experiments.run.settings import Settings
-from drlora_ref.experiments.tasks.data import Final, Inputs
+from drlora_ref.experiments.tasks.data import Batch, Final, Inputs
 from drlora_ref.inject import in_head
 from drlora_ref.schedule import BudgetSchedule
 
@@ -42,10 +52,13 @@ class Replicas:
     ):
         self.inputs, self.schedule, self.shared = inputs, schedules[0], settings[0]
         self.accelerator, self.device = accelerator, accelerator.device
+        self.captured: CapturedStep | None = None
+        recorder = find_recorder(self.device, 1) if self.shared.capture else (None, "")
         self.model = model.to(self.device).train()
         self.layers = replicated_layers(model)
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.prunes = prunes
+        self.gradients: list[Tensor] = []  # of what is trained, stacked
         self.views = [self._views(i) for i in range(len(settings))]
         groups = [
             {"params": own, "lr": one.learning_rate}
@@ -65,6 +78,33 @@ class Replicas:
         weights = [s.dem_weight * prune for s, prune in zip(settings, prunes, strict=True)]
         self.penalises, self.weights = any(weights), torch.tensor(weights, device=self.device)
         self.rows = PaddedRows([own.train for own in inputs], inputs[0].collate)
+        if hasattr(model, "qa_outputs"):
+            OwnSpans(model, len(settings))
+        hasten(model, self.shared)
+        if self.shared.capture:
+            self._capture(*recorder)
+
+    def _capture(self, recorder: Recorder | None, why_not: str) -> None:
+        """Take the steps by graphs, where there is what records them."""
+        without_waits(self.model)
+        make_static(self.optimizer)
+        self.allocator.smooths = False
+        self.smooths = torch.ones((), dtype=torch.bool, device=self.device)
+        self.captured = CapturedStep(
+            self._take,
+            self._changing,
+            self.device,
+            self.shared.grad_accumulation,
+            self.shared.batch_size * len(self.inputs),
+            plain(self.model).config.pad_token_id,
+            recorder,
+            why_not,
+        )
+
+    def _changing(self) -> list[Tensor]:
+        """All tensors that a step changes."""
+        trained = [p.detach() for p in self.trainable.values()]
+        return [*trained, *optimizer_tensors(self.optimizer), self.allocator.ema]
 
     def _views(self, i: int) -> list[nn.Parameter]:
         """Replica i of every trained tensor, and of its gradient: the same memory, not a copy."""
@@ -72,6 +112,7 @@ class Replicas:
         for name, stacked in self.trainable.items():
             if stacked.grad is None:
                 stacked.grad = torch.zeros_like(stacked)
+                self.gradients.append(stacked.grad)
             if name.endswith("lora_c") and not self.prunes[i]:
                 continue  # LoRA's c is 1 and is not trained
             view = nn.Parameter(stacked.detach()[i])
@@ -80,25 +121,44 @@ class Replicas:
         return views
 
     def optimizer_step(self, step: int, group: list[Numbers]) -> Tensor:
-        """Lines 3-6 of Algorithm 1; (R, 2)."""
-        torch._foreach_zero_([stacked.grad for stacked in self.trainable.values()])
+        """Lines 3-6 of Algorithm 1; (R, 2). Captured, lines 7 and 8 as well."""
         batches = [self.rows[numbers] for numbers in group]
-        rows = sum(len(batch["labels"]) for batch in batches)
+        ended = self.schedule.pruning_ended(step)
+        if ended:
+            self.weights.zero_()
+        if self.captured:
+            self.smooths.fill_(not ended)
+            if not ended:
+                self.allocator.draw()
+            numbers = self.captured(batches)
+        else:
+            self.penalises = self.penalises and not ended
+            numbers = self._take([self._moved(batch) for batch in batches])
+        self.rates.step()
+        return numbers
+
+    def _moved(self, batch: Batch) -> Batch:
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def _take(self, batches: list[Batch]) -> Tensor:
+        """A step on these batches, but for the learning rates; it asks for no value."""
+        torch._foreach_zero_(self.gradients)
+        rows = sum(len(batch["input_ids"]) for batch in batches)
         loss = torch.zeros(len(self.inputs), device=self.device)
         for batch in batches:
-            batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-            labels = batch.pop("labels")
+            read = {name: t for name, t in batch.items() if name not in LABELS}
             with self.accelerator.autocast():
-                logits = self.model(**batch).logits
-            part = losses(logits, labels, len(self.inputs)) * (len(labels) / rows)
+                output = self.model(**read)
+            part = losses(output, batch, len(self.inputs)) * (len(batch["input_ids"]) / rows)
             part.sum().backward()  # a sum of R losses, each of its own replica's parameters
             loss += part.detach()
-        if self.penalises and not self.schedule.pruning_ended(step):
+        if self.penalises:
             (self.weights * self.allocator.penalty(self.shared.penalty)).sum().backward()
         limit = self.shared.max_grad_norm
         norms = [torch.nn.utils.clip_grad_norm_(own, limit) for own in self.views]
         self.optimizer.step()
-        self.rates.step()
+        if self.captured:
+            smooth_in_place(self.allocator, self.smooths)
         return torch.stack([loss, torch.stack(norms)], dim=1)
 
     def allocate(self, step: int, live: list[bool]) -> list[bool]:
@@ -138,6 +198,7 @@ class Replicas:
                 "head": size_of_head,
             },
             "trained_bytes": 4 * (numbers + size_of_head),  # all of them float32
+            **({"capture": self.captured.about()} if self.captured else {}),
         }
 
     def events(self, run: int) -> None:
@@ -157,6 +218,7 @@ class Replicas:
         """Go on where state() was taken."""
         for name, stacked in self.trainable.items():
             stacked.copy_(state["trainable"][name])  # in place: the views see it
-        self.optimizer.load_state_dict(state["optimizer"])
+        load = load_static if self.captured else torch.optim.AdamW.load_state_dict
+        load(self.optimizer, state["optimizer"])
         self.rates.load_state_dict(state["rates"])
         self.allocator.load_state(state["allocator"])

@@ -16,7 +16,7 @@ from drlora_ref.experiments.run.loop import Loop
 from drlora_ref.experiments.run.order import make_order
 from drlora_ref.experiments.run.records import Record, read_record
 from drlora_ref.experiments.run.settings import NOT_IN_KEY, PLACES, Settings
-from drlora_ref.experiments.tasks import glue
+from drlora_ref.experiments.tasks import glue, squad
 
 # What runs on one encoder may differ in; all else of their settings they share.
 OWN = ("method", "seed", "init_r", "target_r", "rank_map", "permute_map", "learning_rate",
@@ -38,8 +38,8 @@ def can_be_replica(settings: Settings) -> bool:
     >>> can_be_replica(Settings(method="lora")), can_be_replica(Settings(method="full"))
     (True, False)
     """
-    possible = METHODS[settings.method].replicable and settings.task in glue.TASKS
-    return possible and not settings.film_events
+    possible = settings.task in (*glue.TASKS, *squad.TASKS) and not settings.film_events
+    return METHODS[settings.method].replicable and possible
 
 
 def check_replicas(settings: list[Settings]) -> None:
@@ -54,8 +54,8 @@ def check_replicas(settings: list[Settings]) -> None:
         if not can_be_replica(one):
             can = " and ".join(name for name, method in METHODS.items() if method.replicable)
             raise ValueError(
-                f"method = {one.method!r} on task = {one.task!r}: only {can} on GLUE's tasks can "
-                "be replicas, run others singly"
+                f"method = {one.method!r} on task = {one.task!r}: only {can} on GLUE's tasks "
+                "and SQuAD can be replicas, run others singly"
             )
     first = shared_settings(settings[0])
     for one in settings[1:]:
@@ -86,7 +86,7 @@ def set_up_replicas(
     accelerator, shared = runs[0].accelerator, settings[0]
     if accelerator.num_processes > 1:
         raise ValueError("replicas train on one device: start one process, not several")
-    model, _ = glue.load_model(runs[0].source, shared.task)
+    model, _ = one_run.load_model(runs[0].source, shared)
     replicate(model, parts, shared.lora_dropout)
     set_seed(shared.seed)  # of dropout
     inputs, schedules = [run.inputs for run in runs], [run.schedule for run in runs]

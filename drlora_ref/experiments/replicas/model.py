@@ -14,7 +14,7 @@ Here is what stands in the model; engine.py trains it, step.py allocates its com
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from drlora_ref.experiments.methods import Prepared
+from drlora_ref.experiments.tasks.data import Batch
 from drlora_ref.inject import in_head
 from drlora_ref.layer import dynamic_layers
 
@@ -173,7 +174,8 @@ class Together(nn.Module):
     def __init__(self, model: nn.Module, replicas: int):
         super().__init__()
         self.model, self.replicas = model, replicas
-        self.kept: list[tuple[dict[str, Tensor], Tensor]] = []  # (a batch, its (R, B, classes))
+        # (a batch, {"logits": (R, B, classes)}, or start_logits and end_logits (R, B, length))
+        self.kept: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
         self.replica, self.calls = 0, 0
 
     def of(self, replica: int) -> "Together":
@@ -190,29 +192,48 @@ class Together(nn.Module):
                 "0: all must be given the same batches in the same order"
             )
         self.calls += 1
-        return SimpleNamespace(logits=self.kept[self.calls - 1][1][self.replica])
+        said = self.kept[self.calls - 1][1]
+        return SimpleNamespace(**{name: logits[self.replica] for name, logits in said.items()})
 
-    def _all(self, batch: dict[str, Tensor]) -> Tensor:
+    def _all(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         widened = {n: t.repeat(self.replicas, *[1] * (t.dim() - 1)) for n, t in batch.items()}
-        logits = self.model(**widened).logits
-        return logits.reshape(self.replicas, -1, logits.shape[-1])
+        output = self.model(**widened)
+        found = {n: getattr(output, n, None) for n in ("logits", "start_logits", "end_logits")}
+        return {
+            name: logits.reshape(self.replicas, -1, *logits.shape[1:])
+            for name, logits in found.items()
+            if logits is not None
+        }
 
 
 def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
-def losses(logits: Tensor, labels: Tensor, replicas: int) -> Tensor:
-    """Each replica's mean loss: (R,), of logits (R · B, classes), or (R · B, 1) for a score.
+LABELS = ("labels", "start_positions", "end_positions")  # what a batch holds beside the rows
 
-    As transformers' classifiers compute it: cross-entropy, or the squared error of a score.
 
-    >>> losses(torch.tensor([[0.0], [2.0]]), torch.tensor([1.0, 1.0]), replicas=2)
+def losses(output: Any, batch: Batch, replicas: int) -> Tensor:
+    """Each replica's mean loss: (R,), of what the model says of a batch of R · B rows.
+
+    As transformers' models compute it: cross-entropy over classes; the squared error of a score,
+    where there is one logit; or the mean of two, over the places where an answer starts and ends.
+
+    Shapes: logits (R · B, classes) or (R · B, 1); start_logits and end_logits (R · B, length)
+
+    >>> said = SimpleNamespace(logits=torch.tensor([[0.0], [2.0]]))
+    >>> losses(said, {"labels": torch.tensor([1.0, 1.0])}, replicas=2)
     tensor([1., 1.])
     """
-    logits = logits.float()
-    if logits.shape[-1] == 1:
-        each = (logits.squeeze(-1) - labels.float()).square()
+    if "start_positions" in batch:
+        ends = [
+            F.cross_entropy(getattr(output, f"{end}_logits").float(), batch[f"{end}_positions"],
+                            reduction="none")
+            for end in ("start", "end")
+        ]  # fmt: skip
+        each = (ends[0] + ends[1]) / 2
+    elif output.logits.shape[-1] == 1:
+        each = (output.logits.float().squeeze(-1) - batch["labels"].float()).square()
     else:
-        each = F.cross_entropy(logits, labels, reduction="none")
+        each = F.cross_entropy(output.logits.float(), batch["labels"], reduction="none")
     return each.reshape(replicas, -1).mean(dim=1)

@@ -4,7 +4,7 @@ Scores, smoothing, selection and penalties are the package's own functions, whic
 leading dimension; new is that budget and criterion differ from replica to replica.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -41,39 +41,64 @@ class ReplicaAllocator:
         beta: float,
         seeds: list[int],
     ):
-        self.layers, self.schedules, self.scores, self.beta = layers, schedules, scores, beta
+        self.layers, self.schedules, self.beta = layers, schedules, beta
+        self.score_names = scores
         self.alive = torch.stack([layer.component_mask for layer in layers.values()])
+        self.criteria = {  # each once: whose it is, (R, 1)
+            name: torch.tensor([[score == name] for score in scores], device=self.alive.device)
+            for name in scores
+        }
         self.prunes = torch.tensor(prunes, device=self.alive.device)
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.needs = set().union(*(needs(SCORES[name]) for name in scores))
         self.watch = ZWatch(list(layers.values())) if "z_square" in self.needs else None
+        self.smooths = True  # False: the training step does it itself, as a captured one
         n = self.alive.shape[2] * len(layers)
         self.ema = torch.zeros(len(prunes), n, device=self.alive.device)
+        stacks = self._stacks()
+        self.drawn = [torch.zeros_like(c) for _, (_, _, c) in stacks]  # of the score "random"
+        self.alive_in = [self.alive[members] for members, _ in stacks]
+
+    def _stacks(self) -> list[tuple[list[int], tuple[Tensor, ...]]]:
+        """Layers of one shape, stacked: (layers, R, r, d_in), (layers, R, d_out, r), ..."""
+        return stack_by_shape(cast(list, list(self.layers.values())))
 
     @torch.no_grad()
-    def score(self) -> Tensor:
-        """Each replica's components by its own criterion: (R, N), by position; padding scores 0."""
+    def draw(self) -> None:
+        """Draw the step's random scores; a single run draws so for its own components.
+
+        On the CPU, each replica from its own generator: so it is done before a captured step.
+        """
+        if "random" not in self.score_names:
+            return
+        for values in self.drawn:
+            drawn = torch.zeros_like(values, device="cpu")
+            for i, name in enumerate(self.score_names):
+                if name == "random":
+                    own = drawn[:, i, : self.schedules[i].init_r]
+                    own.copy_(SCORES["random"](None, None, own, self.generators[i]))
+            values.copy_(drawn)
+
+    @torch.no_grad()
+    def scores(self) -> Tensor:
+        """Each replica's components by its own criterion: (R, N), by position; padding scores 0.
+
+        Random scores are those that were drawn last.
+        """
         given = seen_by_the_step(self.layers, self.needs, self.watch)
         by_layer: dict[int, Tensor] = {}
-        for members, (A, B, c) in stack_by_shape(list(self.layers.values())):  # (layers, R, r, d)
+        stacks = self._stacks()
+        for (members, (A, B, c)), drawn, alive in zip(
+            stacks, self.drawn, self.alive_in, strict=True
+        ):  # (layers, R, r, d)
             chosen = torch.zeros_like(c)
             seen = {name: torch.stack([each[i] for i in members]) for name, each in given.items()}
-            for name in dict.fromkeys(self.scores):  # each criterion once
-                mine = torch.tensor([score == name for score in self.scores], device=c.device)
+            for name, mine in self.criteria.items():
                 own = {need: seen[need] for need in needs(SCORES[name])}
-                values = self._random(c) if name == "random" else SCORES[name](A, B, c, **own)
-                chosen = torch.where(mine[:, None], values, chosen)
-            by_layer.update(zip(members, chosen * self.alive[members], strict=True))
+                values = drawn if name == "random" else SCORES[name](A, B, c, **own)
+                chosen = torch.where(mine, values, chosen)
+            by_layer.update(zip(members, chosen * alive, strict=True))
         return torch.cat([by_layer[i] for i in range(len(by_layer))], dim=1)
-
-    def _random(self, c: Tensor) -> Tensor:
-        # A single run draws for its own number of components, each from its own generator.
-        drawn = torch.zeros_like(c, device="cpu")
-        for i, name in enumerate(self.scores):
-            if name == "random":
-                own = drawn[:, i, : self.schedules[i].init_r]
-                own.copy_(SCORES["random"](None, None, own, self.generators[i]))
-        return drawn.to(c.device)
 
     @torch.no_grad()
     def step(self, global_step: int, live: list[bool]) -> list[bool]:
@@ -84,11 +109,13 @@ class ReplicaAllocator:
         """
         schedule = self.schedules[0]  # the steps are those of all
         if schedule.pruning_ended(global_step):
-            if self.watch and self.watch.on:
+            if self.watch and self.watch.on and self.smooths:
                 self.watch.stop()
             zero_pruned(self.layers)
         else:
-            self.ema = ema_update(self.ema, self.score(), self.beta)
+            if self.smooths:
+                self.draw()
+                self.ema = ema_update(self.ema, self.scores(), self.beta)
             if schedule.prunes_at(global_step):
                 return self._prune(global_step, torch.tensor(live, device=self.ema.device))
         return [True] * len(live)
@@ -116,7 +143,7 @@ class ReplicaAllocator:
         """R of Eq. 10, or the rival of this name, one for each replica, with gradient: (R,)."""
         total = sum(
             PENALTIES[name](A, B).sum(dim=0) * A.shape[-2]  # means over r, padding included
-            for _, (A, B, _) in stack_by_shape(list(self.layers.values()))
+            for _, (A, B, _) in self._stacks()
         )
         return total / self.alive.sum(dim=(0, 2))
 

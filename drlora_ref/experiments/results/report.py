@@ -6,6 +6,7 @@ import pandas as pd
 
 from drlora_ref.experiments.results.paper import table
 from drlora_ref.experiments.results.summaries import STATISTICS
+from drlora_ref.experiments.sources import mpnet
 
 COUNTS = ("collapsed", "diverged", "unpaired")
 # What stands in a cell's text, of examples.py, power.py and rank_maps.py.
@@ -37,7 +38,9 @@ def beside_paper(summary: pd.DataFrame, number: int) -> pd.DataFrame:
     ours = summary[summary.task.isin(figures.task)].astype(figures[keys].dtypes)
     both = figures.merge(ours, on=keys, how="left")
     known = figures.set_index(keys).index
-    return pd.concat([both, ours[~ours.set_index(keys).index.isin(known)]], ignore_index=True)
+    both = pd.concat([both, ours[~ours.set_index(keys).index.isin(known)]], ignore_index=True)
+    both.attrs = summary.attrs
+    return both
 
 
 def show(frame: pd.DataFrame, across: str = "", scale: float = 100) -> str:
@@ -47,7 +50,8 @@ def show(frame: pd.DataFrame, across: str = "", scale: float = 100) -> str:
     comes with its std, a difference with its 95 % interval. `scale` multiplies every figure: 1 for
     seconds and MiB; mean ranks and rank correlations are never scaled. A difference by examples
     has three intervals: over seeds and examples, then over each alone. "min" is the smallest effect
-    that could have been shown.
+    that could have been shown. Where runs started from an encoder that was trained on more than
+    text alone (mpnet-base), a last line says so.
 
     >>> cell = dict(method="lora", mean=0.572, std=0.011, n=5, ci_low=0.558, ci_high=0.586)
     >>> print(show(pd.DataFrame([cell | {"collapsed": 1}])))
@@ -62,14 +66,16 @@ def show(frame: pd.DataFrame, across: str = "", scale: float = 100) -> str:
             "" if math.isnan(figure) else f"{scale * figure:.2f}" for figure in frame.paper
         ]
     texts["ours"] = [_cell_text(row, scale) for row in frame.to_dict("records")]
+    trained = [source for source in frame.attrs.get("models", []) if mpnet.TRAINED in source]
+    note = "".join(f"\nencoder: {source}" for source in trained)
     if not across:
-        return texts.to_string(index=False)
+        return texts.to_string(index=False) + note
     if "paper" in texts:
         texts["ours"] += [f", paper {figure}" if figure else "" for figure in texts.paper]
     one_metric = "metric" in texts and texts.groupby(across).metric.nunique().max() == 1
     keys = [name for name in keys if name != across and not (one_metric and name == "metric")]
     grid = texts.set_index([*keys, across]).ours
-    return grid.unstack(across, sort=False, fill_value="not run").to_string()
+    return grid.unstack(across, sort=False, fill_value="not run").to_string() + note
 
 
 def _cell_text(row: dict, scale: float) -> str:

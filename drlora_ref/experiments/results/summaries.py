@@ -88,6 +88,7 @@ def _row(path: Path, each_at_its_best: bool) -> dict:
         "device": environment.get("device", ""),
         "code": record.get("code", ""),
         "data_fingerprint": record.get("data", {}).get("fingerprint", ""),
+        "model_source": record.get("model", {}).get("source", ""),
         "model_sha256": record.get("model", {}).get("sha256", ""),
         "model_files": _model_files(record.get("model", {})),
         "folder": str(path.parent),
@@ -186,7 +187,15 @@ def summarise(
         metric = ", ".join(sorted(set(cell.metric_name))) if value == "score" else value
         names = {**dict(zip(by, key, strict=True)), "metric": metric}
         rows.append({**names, **_statistics(cell[value]), **_failed(cell)})
-    return pd.DataFrame(rows, columns=[*by, "metric", *STATISTICS, "collapsed", "diverged"])
+    columns = [*by, "metric", *STATISTICS, "collapsed", "diverged"]
+    return _of_models(pd.DataFrame(rows, columns=columns), frame)
+
+
+def _of_models(made: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """The table that was made of these runs, with what they started from in `attrs`."""
+    sources = runs.model_source if "model_source" in runs else []
+    made.attrs["models"] = sorted(set(map(str, sources)))
+    return made
 
 
 def _failed(runs: pd.DataFrame) -> dict[str, int]:
@@ -215,7 +224,7 @@ def average(frame: pd.DataFrame, value: str = "score") -> pd.DataFrame:
         names = {"task": "avg", **dict(zip(cell, key, strict=True)), "metric": "average"}
         rows.append({**names, **_statistics(means), **_failed(runs.loc[key])})
     columns = ["task", *cell, "metric", *STATISTICS, "collapsed", "diverged"]
-    return pd.DataFrame(rows, columns=columns)
+    return _of_models(pd.DataFrame(rows, columns=columns), frame)
 
 
 def paired_difference(
@@ -245,7 +254,7 @@ def paired_difference(
             unpaired = len(theirs) + len(base) - 2 * len(pairs)
             cell_keys = {**dict(zip(by, key, strict=True)), "method": method, "baseline": baseline}
             rows.append({**cell_keys, **_statistics(pairs), "unpaired": unpaired})
-    return pd.DataFrame(rows)
+    return _of_models(pd.DataFrame(rows), frame)
 
 
 def choose(

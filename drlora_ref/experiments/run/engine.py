@@ -13,11 +13,23 @@ from torch.optim.lr_scheduler import LambdaLR
 from drlora_ref.allocator import Diverged, RankAllocator
 from drlora_ref.events import Events, evenly_spread
 from drlora_ref.experiments.methods import Prepared, count_trainable, rank_pattern
+from drlora_ref.experiments.run.graphs import (
+    CapturedStep,
+    Recorder,
+    find_recorder,
+    load_static,
+    make_static,
+    optimizer_tensors,
+    smooth_in_place,
+)
+from drlora_ref.experiments.run.no_waits import OwnSpans, plain, without_waits
 from drlora_ref.experiments.run.order import Numbers
 from drlora_ref.experiments.run.settings import Settings
-from drlora_ref.experiments.tasks.data import Final, Inputs, share
+from drlora_ref.experiments.tasks.data import Batch, Final, Inputs, share
 from drlora_ref.schedule import BudgetSchedule
 from drlora_ref.train import linear_warmup_and_decay
+
+FACTOR = "factor"  # among a batch's tensors: what its loss is multiplied by
 
 
 class Engine(Protocol):
@@ -78,41 +90,112 @@ class OneModel:
         accelerator: Accelerator,
     ):
         self.prepared, self.inputs, self.accelerator = prepared, inputs, accelerator
-        self.max_grad_norm = settings.max_grad_norm
+        self.schedule, self.max_grad_norm = schedule, settings.max_grad_norm
         self.plain = prepared.model  # without the wrapper that several processes need
+        self.captured: CapturedStep | None = None
+        processes, recorder = accelerator.num_processes, None
+        if settings.capture:
+            recorder = find_recorder(accelerator.device, processes)
+            if hasattr(plain(self.plain), "qa_outputs"):
+                OwnSpans(self.plain)
+            without_waits(self.plain)
+        hasten(self.plain, settings)
         self.model = accelerator.prepare_model(prepared.model).train()
         self.trainable = {n: p for n, p in self.plain.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
-            self.trainable.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+            self.trainable.values(),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            # Only the fused one can be static on a CPU.
+            fused=settings.fused_adamw or (settings.capture and accelerator.device.type == "cpu"),
         )
         self.rates = warmed_up(self.optimizer, settings.warmup, schedule.total_steps)
         self.kept_events, self.kept_at = Events(), evenly_spread(schedule, settings.film_events)
+        if recorder:
+            self._capture(*recorder, settings)
+
+    def _capture(self, recorder: Recorder | None, why_not: str, settings: Settings) -> None:
+        """Take the steps by graphs, where there is what records them."""
+        make_static(self.optimizer)
+        device, allocator = self.accelerator.device, self.prepared.allocator
+        term = self.prepared.loss_term
+        self.term_ends = term is not None and term(self.schedule.t_end + 1) is None
+        self.adds_term = torch.ones((), device=device)
+        self.smooths = torch.ones((), dtype=torch.bool, device=device)
+        # Others, and random scores, which are drawn on the CPU, are allocated between two steps.
+        if isinstance(allocator, RankAllocator) and allocator.score_name != "random":
+            allocator.smooths = False
+            allocator.ema = allocator.ema.to(device)
+        self.captured = CapturedStep(
+            self._take,
+            self._changing,
+            device,
+            settings.grad_accumulation,
+            settings.batch_size,
+            plain(self.plain).config.pad_token_id,
+            recorder,
+            why_not,
+        )
+
+    def _changing(self) -> list[Tensor]:
+        """All tensors that a step changes."""
+        allocator = self.prepared.allocator
+        ema = [allocator.ema] if isinstance(allocator, RankAllocator) else []
+        trained = [p.detach() for p in self.trainable.values()]
+        return [*trained, *optimizer_tensors(self.optimizer), *ema]
 
     def optimizer_step(self, step: int, group: list[Numbers]) -> Tensor:
         """Lines 3-6 of Algorithm 1 on all devices; (1, 2), the loss averaged over them."""
-        self.optimizer.zero_grad()
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         rows = [self.inputs.train.__getitems__(numbers) for (numbers,) in group]
         batches = [self.inputs.collate(some) for some in rows]
-        weights = [share(batch, 0, 1)[1] for batch in batches]
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        whole = sum(share(batch, 0, 1)[1] for batch in batches)
+        parts = [share(batch, rank, processes) for batch in batches]
+        # Gradients are averaged over the processes, hence the factor.
+        group_of_mine = [
+            {**mine, FACTOR: torch.tensor(weight * processes / whole)} for mine, weight in parts
+        ]
+        if self.captured:
+            ended = self.schedule.pruning_ended(step)
+            self.smooths.fill_(not ended)
+            self.adds_term.fill_(0.0 if ended and self.term_ends else 1.0)
+            numbers = self.captured(group_of_mine)
+        else:
+            self.optimizer.zero_grad()
+            device, add = self.accelerator.device, self.prepared.loss_term
+            moved = [{n: t.to(device) for n, t in batch.items()} for batch in group_of_mine]
+            numbers = self._stepped(moved, add(step) if add else None)
+        self.rates.step()
+        return numbers
+
+    def _take(self, batches: list[Batch]) -> Tensor:
+        """A captured step, but for the learning rates; it asks for no value."""
+        self.optimizer.zero_grad(set_to_none=False)
+        add, allocator = self.prepared.loss_term, self.prepared.allocator
+        term = add(1) if add else None  # any step to which a term belongs
+        numbers = self._stepped(batches, None if term is None else self.adds_term * term)
+        if isinstance(allocator, RankAllocator) and not allocator.smooths:
+            smooth_in_place(allocator, self.smooths)
+        return numbers
+
+    def _stepped(self, batches: list[Batch], term: Tensor | None) -> Tensor:
+        """Forward, backward, clipping and AdamW, on batches that are on the device.
+
+        `term`: what belongs into the loss once. As it is of the weights alone, it would count once
+        a micro-batch if it were added to each.
+        """
         loss = torch.zeros((), device=self.accelerator.device)
         for number, batch in enumerate(batches, 1):
-            last = number == len(batches)
-            mine, part = share(batch, rank, processes)
-            # Gradients are averaged over the processes, hence the factor.
-            factor = part * processes / sum(weights)
+            last, batch = number == len(batches), dict(batch)
+            factor = batch.pop(FACTOR)
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                mine = {name: t.to(self.accelerator.device) for name, t in mine.items()}
-                part_of_loss = self.model(**mine).loss * factor
+                part_of_loss = self.model(**batch).loss * factor
                 loss += part_of_loss.detach()
-                # A term of the weights alone is added once, or it would count once a micro-batch.
-                add = last and self.prepared.loss_term
-                term = self.prepared.loss_term(step) if add else None
-                self.accelerator.backward(part_of_loss if term is None else part_of_loss + term)
+                add = last and term is not None
+                self.accelerator.backward(part_of_loss + term if add else part_of_loss)
         norm = torch.nn.utils.clip_grad_norm_(self.trainable.values(), self.max_grad_norm)
         self.optimizer.step()
-        self.rates.step()
-        if processes > 1:
+        if self.accelerator.num_processes > 1:
             loss = self.accelerator.reduce(loss, "mean")
         return torch.stack([loss, norm]).unsqueeze(0)
 
@@ -156,6 +239,7 @@ class OneModel:
             "rank_pattern": self._ranks(),
             "trainable_parameters": count_trainable(self.prepared),
             "trained_bytes": sum(p.numel() * p.element_size() for p in self.trainable.values()),
+            **({"capture": self.captured.about()} if self.captured else {}),
         }
 
     def events(self, run: int) -> Events | None:
@@ -178,10 +262,13 @@ class OneModel:
         """Go on where state() was taken."""
         for name, parameter in self.trainable.items():
             parameter.copy_(state["trainable"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load = load_static if self.captured else torch.optim.AdamW.load_state_dict
+        load(self.optimizer, state["optimizer"])
         self.rates.load_state_dict(state["rates"])
-        if self.prepared.allocator:
-            self.prepared.allocator.load_state_dict(state["allocator"])
+        if allocator := self.prepared.allocator:
+            allocator.load_state_dict(state["allocator"])
+            if isinstance(allocator, RankAllocator):
+                allocator.ema = allocator.ema.to(self.accelerator.device)
         self.kept_events = Events(**state["events"])
 
 
@@ -189,3 +276,20 @@ def warmed_up(optimizer: torch.optim.Optimizer, warmup: float, total_steps: int)
     """Learning rates that rise in the first `warmup` (a share of all steps), then fall to 0."""
     warmup_steps = int(warmup * total_steps)
     return LambdaLR(optimizer, lambda t: linear_warmup_and_decay(t, warmup_steps, total_steps))
+
+
+def hasten(model: nn.Module, settings: Settings) -> None:
+    """What may make a model's steps faster and changes no weight that is trained; in place.
+
+    `frozen_bf16` spares autocast the casting of all frozen weights in every step, `compile_encoder`
+    lets torch fuse what lies between the large products.
+    """
+    if settings.frozen_bf16:
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and not any(
+                p.requires_grad for p in module.parameters()
+            ):
+                module.to(torch.bfloat16)
+    if settings.compile_encoder:
+        torch._dynamo.config.recompile_limit = 64  # one for each length
+        cast(nn.Module, plain(model).base_model).compile()

@@ -16,9 +16,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from filelock import FileLock, Timeout
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import drlora_ref
 from drlora_ref.experiments import methods
+from drlora_ref.experiments.given import screen
 from drlora_ref.experiments.run import records
 from drlora_ref.experiments.run.checkpoints import Checkpoint
 from drlora_ref.experiments.run.engine import OneModel
@@ -32,6 +34,11 @@ from drlora_ref.experiments.tasks.families import FAMILIES
 from drlora_ref.schedule import BudgetSchedule
 from drlora_ref.train import verdict
 
+# Where not even one run fits.
+TOO_LITTLE = (
+    "the GPU's memory ({:.1f} GiB free) does not hold one run: take a smaller batch_size (and a "
+    "larger grad_accumulation), a smaller max_length or eval_batch_size"
+)
 LOCK = ".lock"  # held by the process that works in a run's folder, or in a grid's
 
 
@@ -103,10 +110,14 @@ def set_up(settings: Settings, like: ReadyRun | None = None, may_be_done: bool =
     # What does not fit together shows before the data is encoded.
     settings.schedule(settings.total_steps(len(data.train)))
     accelerator = make_accelerator(settings.precision)
+    if settings.frozen_bf16 and accelerator.mixed_precision != "bf16":
+        raise ValueError(
+            "frozen_bf16 = True: needs precision bf16, and this machine computes in fp32"
+        )
     if data is not (like and like.data) and data.warning():
         accelerator.print(data.warning(), flush=True)
     set_seed(settings.seed)
-    model, tokenizer = family.load_model(source, settings.task)
+    model, tokenizer = load_model(source, settings)
     check_together(source, model, tokenizer)
     if inputs is None:
         options = {name: getattr(settings, name) for name in family.OPTIONS}
@@ -122,10 +133,34 @@ def set_up(settings: Settings, like: ReadyRun | None = None, may_be_done: bool =
     )
 
 
+def load_model(
+    source: ModelSource, settings: Settings
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """(the task's model, with the kind of attention that is asked for; its tokenizer).
+
+    Raises what the family's load_model raises, and ValueError where a model has no such attention.
+    """
+    model, tokenizer = FAMILIES[settings.task].load_model(source, settings.task)
+    if settings.attention != "auto":
+        try:
+            model.set_attn_implementation(settings.attention)
+        except (ValueError, ImportError) as error:
+            reason = " ".join(screen(error).split())
+            raise ValueError(f"attention = {settings.attention!r}: {reason}") from None
+    return model, tokenizer
+
+
 def make_accelerator(precision: str = "auto") -> Accelerator:
-    """accelerate's view of the machine: its devices, its processes, and how precise to be."""
+    """accelerate's view of the machine: its devices, its processes, and how precise to be.
+
+    Raises ValueError where bf16 is asked for and the GPU does not have it.
+    """
+    on_gpu = torch.cuda.is_available()
+    has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "bf16" and not has_bf16:
+        raise ValueError("precision = 'bf16': this GPU does not have it, take fp32 or auto")
     if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() else "fp32"
+        precision = "bf16" if on_gpu and has_bf16 else "fp32"
     # While the main process evaluates, the others wait: longer than the usual ten minutes.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
     return Accelerator(
@@ -140,7 +175,7 @@ def train(run: ReadyRun) -> Trained:
 
     Raises ValueError for a checkpoint that is damaged or of another run, OSError where none can
     be written, BlockingIOError if another process is at work in the folder, Terminated after
-    SIGTERM.
+    SIGTERM; ValueError, too, where the GPU's memory does not hold the run.
     """
     settings, accelerator = run.settings, run.accelerator
     with claim(run.folder) if accelerator.is_main_process else nullcontext():
@@ -148,10 +183,12 @@ def train(run: ReadyRun) -> Trained:
             records.check_output_dir(run.folder, settings.overwrite)
         engine = OneModel(run.prepared, run.inputs, run.schedule, settings, accelerator)
         order = make_order([run.inputs], [settings])
-        (trained,) = Loop(
-            engine, order, run.schedule, settings, accelerator, _checkpoint(run)
-        ).run()
-        return trained
+        loop = Loop(engine, order, run.schedule, settings, accelerator, _checkpoint(run))
+        try:
+            return loop.run()[0]
+        except torch.OutOfMemoryError:
+            free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+            raise ValueError(TOO_LITTLE.format(free / 2**30)) from None
 
 
 def _checkpoint(run: ReadyRun) -> Checkpoint:

@@ -56,6 +56,7 @@ class Record(TypedDict, total=False):
     evaluation_seconds: float
     peak_memory_mib: int  # of the GPU; else of the process, all libraries and earlier runs included
     replicas: int  # runs that shared the pass; seconds and memory are then of all of them
+    capture: str  # of a run that asked for it: "captured", or why it was not, or not always
     # What went in
     seed: int
     data: dict[str, Any]  # source, fingerprint, train (examples), also_in_train ({split: rows})

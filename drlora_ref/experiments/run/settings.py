@@ -17,6 +17,7 @@ from drlora_ref.schedule import BudgetSchedule
 from drlora_ref.train import count_steps
 
 SCORINGS = ("official", "authors")
+ATTENTIONS = ("auto", "eager", "sdpa")
 PRECISIONS = {"auto": "", "fp32": "no", "bf16": "bf16"}  # our words, and accelerate's
 
 
@@ -66,6 +67,11 @@ class Settings:
     grad_accumulation: int = 1  # batches per optimizer step
     eval_batch_size: int = 64  # examples, in evaluation
     precision: str = "auto"  # fp32, bf16, or auto: bf16 on a GPU
+    capture: bool = False  # True: a GPU replays the step as a graph, one for each length
+    attention: str = "auto"  # eager, sdpa, or auto: as transformers chooses for the model
+    fused_adamw: bool = False  # True: AdamW in one kernel; replicas' always is
+    frozen_bf16: bool = False  # True: frozen matrices are kept in bfloat16; needs precision bf16
+    compile_encoder: bool = False  # True: torch.compile of the pretrained part
     stride: int = 128  # tokens that two windows of one text share: SQuAD
     summary_length: int = 64  # tokens of a summary, at most: XSum
     num_beams: int = 3  # beams of the search for a summary: XSum
@@ -87,6 +93,9 @@ class Settings:
         check_method(self.method)
         check_name("precision", self.precision, PRECISIONS)
         check_name("scoring", self.scoring, SCORINGS)
+        check_name("attention", self.attention, ATTENTIONS)
+        if self.frozen_bf16 and self.precision == "fp32":
+            raise ValueError("frozen_bf16 = True: needs precision bf16, not fp32")
         check_name("score", self.score, SCORES)
         check_name("penalty", self.penalty, PENALTIES)
         for names, (least, most), words in RANGES:
@@ -175,6 +184,11 @@ NEWER = (
     "scoring",
     "penalty",
     "film_events",
+    "capture",
+    "attention",
+    "fused_adamw",
+    "frozen_bf16",
+    "compile_encoder",
 )
 
 

