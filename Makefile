@@ -1,4 +1,4 @@
-# The two commands a stranger starts with are `make run` and `make test`. Needs Python 3.11 or later.
+# What a stranger starts with: `make run`, `make test` and `make book`. Needs Python 3.11 or later.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
