@@ -38,7 +38,7 @@ def chapter(path: Path) -> nbformat.NotebookNode:
     for cell in book.cells:
         tags = cell.metadata.get("tags", [])
         if HIDDEN & set(tags):
-            cell.metadata["tags"] = [*tags, "hide-cell"]
+            cell.metadata["tags"] = list(dict.fromkeys([*tags, "hide-cell"]))
         if cell.cell_type == "code":
             alt = cell.metadata.get("alt") or _words_for_pictures(cell.source, section)
             cell.metadata["mystnb"] = {"image": {"alt": alt}}
