@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 from statistics import mean
 
@@ -13,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 each_claim = pytest.mark.parametrize("claim", claims(), ids=lambda claim: claim.id)
 
 
+@cache
 def errors_by_score() -> dict[tuple[str, str], list[float]]:
     """{(world, score): relative errors, one a seed} of notebook 17's runs."""
     runs = json.loads((ROOT / "results" / "planted_scores.json").read_text())["runs"]
@@ -23,13 +25,20 @@ def errors_by_score() -> dict[tuple[str, str], list[float]]:
     }
 
 
-def errors_of_study(**asked) -> list[float]:
-    """Relative errors of notebook 19's runs with these settings, one a seed."""
+@cache
+def studies() -> tuple[list[dict], dict, set]:
+    """Notebook 19's runs with all their settings, the settings' defaults, and the seeds."""
     record = json.loads((ROOT / "results" / "planted_studies.json").read_text())
     runs = [record["defaults"] | run for run in record["runs"]]
-    wanted = record["defaults"] | asked
+    return runs, record["defaults"], set(record["seeds"])
+
+
+def errors_of_study(**asked) -> list[float]:
+    """Relative errors of notebook 19's runs with these settings, one a seed."""
+    runs, defaults, seeds = studies()
+    wanted = defaults | asked
     found = [r for r in runs if all(r[name] == value for name, value in wanted.items())]
-    assert {run["seed"] for run in found} == set(record["seeds"])
+    assert {run["seed"] for run in found} == seeds
     return [run["relative_error"] for run in found]
 
 
@@ -93,8 +102,7 @@ def chance() -> bool:
 
 def other_penalties() -> bool:
     """Each at the best of the weights that notebook 19 tries."""
-    record = json.loads((ROOT / "results" / "planted_studies.json").read_text())
-    runs = [record["defaults"] | run for run in record["runs"]]
+    runs, *_ = studies()
     best = {}
     for penalty in ("dem", "l2", "spectral"):
         mine = [r for r in runs if r["penalty"] == penalty and r["learning_rate"] == 0.01]
