@@ -220,7 +220,7 @@ VALUES: dict[str, dict[str, list]] = {
         "permutations": [50, 200],
         "seed": [1, 2],
     },
-    "19": {
+    "21": {
         "small_ranks": [[0, 2, 2, 4], [0, 1, 3, 3]],
         "small_dim": [12, 20],
         "small_init_r": [5, 8],

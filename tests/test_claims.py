@@ -27,14 +27,14 @@ def errors_by_score() -> dict[tuple[str, str], list[float]]:
 
 @cache
 def studies() -> tuple[list[dict], dict, set]:
-    """Notebook 19's runs with all their settings, the settings' defaults, and the seeds."""
+    """Notebook 21's runs with all their settings, the settings' defaults, and the seeds."""
     record = json.loads((ROOT / "results" / "planted_studies.json").read_text())
     runs = [record["defaults"] | run for run in record["runs"]]
     return runs, record["defaults"], set(record["seeds"])
 
 
 def errors_of_study(**asked) -> list[float]:
-    """Relative errors of notebook 19's runs with these settings, one a seed."""
+    """Relative errors of notebook 21's runs with these settings, one a seed."""
     runs, defaults, seeds = studies()
     wanted = defaults | asked
     found = [r for r in runs if all(r[name] == value for name, value in wanted.items())]
@@ -101,7 +101,7 @@ def chance() -> bool:
 
 
 def other_penalties() -> bool:
-    """Each at the best of the weights that notebook 19 tries."""
+    """Each at the best of the weights that notebook 21 tries."""
     runs, *_ = studies()
     best = {}
     for penalty in ("dem", "l2", "spectral"):

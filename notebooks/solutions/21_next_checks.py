@@ -1,4 +1,4 @@
-# Answers to notebook 19. A test puts each cell in the place of its stub and runs the notebook.
+# Answers to notebook 21. A test puts each cell in the place of its stub and runs the notebook.
 
 
 # %% exercise-1
