@@ -220,6 +220,14 @@ VALUES: dict[str, dict[str, list]] = {
         "permutations": [50, 200],
         "seed": [1, 2],
     },
+    "20": {
+        "baseline": ["lora rank32-dora", "lora rank64-rslora"],
+        "level": [0.01, 0.1],
+        "entries": [10, 200],
+        "draws": [2_000, 5_000],
+        "orth_reg_weight": [0.1, 2.0],
+        "seed": [1, 2],
+    },
     "21": {
         "small_ranks": [[0, 2, 2, 4], [0, 1, 3, 3]],
         "small_dim": [12, 20],
