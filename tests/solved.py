@@ -24,9 +24,10 @@ NBVAL = (*STRICT, "08", "13", "17", "21")
 # Those that other tests run, with other parameters.
 OTHERS = {"09": "test_real_run", "10": "test_runs", "11": "test_runs", "12": "test_runs"}
 
-# How notebooks import drlora_ref.observing, and what takes its place in the tests.
-OBSERVED = "from drlora_ref.observing import observed"
-ASSERTED = """def observed(claim, holds):
+# How notebooks import drlora_ref.observing, and what then takes the place of `observed` in the tests.
+OBSERVED = re.compile(r"^from drlora_ref.observing import .*\bobserved\b.*\n", re.M)
+ASSERTED = r"""\g<0>
+def observed(claim, holds):
     assert holds, claim
     print(f"seen: {claim}")
 
@@ -48,7 +49,7 @@ def read_strictly(path: Path) -> nbformat.NotebookNode:
     """The notebook, in which a claim that is not seen is an error: its parameters are its own."""
     book = nbformat.read(path, 4)
     for cell in book.cells:
-        cell.source = cell.source.replace(OBSERVED, ASSERTED)
+        cell.source = OBSERVED.sub(ASSERTED, cell.source + "\n").rstrip()
     return book
 
 
