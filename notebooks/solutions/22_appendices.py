@@ -11,8 +11,5 @@ def norm_by_qr(lora_A, lora_B, lora_c):
 
 # %% exercise-2
 # A Fraction is a pair of whole numbers; int() cuts its decimals off, which rounds down what is pruned.
-from fractions import Fraction
-
-
 def kept_in_fractions(n, r0, rT, p):
     return n - int(n * Fraction(r0 - rT, r0) * p**3)
