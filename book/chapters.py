@@ -12,7 +12,12 @@ from drlora_ref import plotting
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-CORE = ("00", "01", "02", "03", "04", "05", "06", "07", "08", "09", "13", "15", "17", "18")
+# The path: a notebook off it says so in its first cell.
+CORE = [
+    path.stem.partition("_")[0]
+    for path in NOTEBOOKS
+    if "**Side path:**" not in nbformat.read(path, 4).cells[0].source
+]
 # The files of the paper that a chapter builds, and what may be moved by hand beside it.
 FILES = {
     "02": ["layer", "inject"], "03": ["importance"], "04": ["importance"], "05": ["schedule"],
