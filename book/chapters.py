@@ -66,7 +66,7 @@ def chapter(path: Path) -> nbformat.NotebookNode:
 def _for_myst(cell: nbformat.NotebookNode) -> str:
     """The text of a Markdown cell, where Jupyter and Sphinx do not read the same."""
     # Jupyter's anchors keep their capitals.
-    text = re.sub(r"\]\(#[^)]+\)", lambda link: link[0].lower(), cell.source)
+    text = re.sub(r"\]\((\w+\.ipynb)?#[^)]+\)", lambda link: link[0].lower(), cell.source)
     text = re.sub(r"\$\$(.+?)\$\$", _numbered, text, flags=re.S)
     hidden = "hide-cell" in cell.metadata.get("tags", [])
     return _closed("Show the answer", text) if hidden else text

@@ -145,8 +145,8 @@ VALUES: dict[str, dict[str, list]] = {
     "10": MORE | {"task": ["mrpc", "boolq"], "batch_size": [8, 4], "max_length": [32, 64]},
     "11": MORE
     | {
-        "task": ["squad_v1"],
-        "batch_size": [2, 8],
+        "task": ["squad_v2"],
+        "batch_size": [2, 4],
         "max_length": [40, 64],
         "stride": [8, 16],
         "scoring": ["authors"],
