@@ -17,6 +17,8 @@ from drlora_ref.experiments.tasks.families import FAMILIES, Family
 HINT = "(YAML reads 1e-3 as a word, and 1.0e-3 as a number)"
 WRONG = {
     "learning_rate: 1e-3": f"learning_rate = '1e-3': expected a number, as DEFAULT {HINT}",
+    "learning_rate: 1.0e3": "learning_rate = '1.0e3': expected a number, as DEFAULT "
+    "(YAML reads 1.0e3 as a word, and 1.0e+3 as a number)",
     "learning_rate: true": "learning_rate = True: expected a number, as DEFAULT",
     "learning_rate: high": "learning_rate = 'high': expected a number, as DEFAULT",
     "max_steps: 1.5": "max_steps = 1.5: expected a whole number, as DEFAULT",
@@ -106,13 +108,37 @@ YAML = {
     "a: &a {b: *a}": "an alias within itself",
     "seed: " + "[" * 3000 + "]" * 3000: "brackets within brackets",
     "\n".join(" " * n + "a:" for n in range(2000)): "brackets within brackets",
-    "seed: " + "1" * 5000: "so many digits are no number",
+    "seed: " + "1" * 5000: "no number, or too many digits",
+    "x: {<<: {seed: 1, seed: 2}}": "line 1: 'seed' comes twice",
+    "x: {<<: [{a: 1}, {b: 1, c: 2,\n b: 3}]}": "line 2: 'b' comes twice",
+    "a: &a {b: 1}\nc: {<<: *a, <<: {d: 1}}": "line 2: '<<' comes twice",
+    "a: 1\nb: {{c: 1}: 2}": "unhashable key",
+    "? !!set x\n: 1\n? !!set x\n: 1": "expected a mapping node",
     "learning_rate: 1.0e" + "1" * 50 + ": 3": "is not YAML",
     "seed: !!python/object/apply:os.mkdir [sprung]": "could not determine a constructor",
     "seed: 1\n---\nseed: 2": "single document",
     "[1, 2]: 3": "unhashable key",
     "- 1": "must hold lines of `name: value`",
 }
+
+
+UNTRUE = {  # tags before what they cannot be
+    "int": ["a", "''", "_", "-", "0x_", "0b", "[1]", "{a: 1}"],
+    "float": ["a", "''", "-", "[1]", "{a: 1}"],
+    "bool": ["7", "''", "[1]", "maybe"],
+    "timestamp": ["x", "''", "2020-13-45", "0000-01-01", "[1]"],
+    "binary": ["\u00e9", "a", "[1]"],
+    "null": ["[1]"],
+    "set": ["[1]", "a"],
+    "omap": ["{a: 1}", "a", "[1]"],
+    "pairs": ["{a: 1}", "[1]"],
+    "map": ["[1]", "a"],
+    "seq": ["{a: 1}", "a"],
+    "str": ["[1]"],
+}
+YAML |= {f"seed: !!{tag} {value}": "" for tag, values in UNTRUE.items() for value in values}
+YAML["seed: 2020-02-31"] = "'2020-02-31' cannot be read as timestamp"
+YAML.pop("seed: !!null [1]")  # YAML lets it be nothing
 
 
 @pytest.mark.parametrize("text", YAML, ids=lambda text: text[:30])
