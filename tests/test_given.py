@@ -266,3 +266,26 @@ def test_no_message_is_longer_than_a_screen(words, tmp_path, monkeypatch, capsys
     assert main(words) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and len(error) < 2000
+
+
+USAGE = [[], ["rnu", "out"], ["run"], ["run", "out", "-p", "seed"], ["run", "out", "-p", "--", "1"],
+         ["run", "out", "-p", "seed", "--"], ["run", "-x"], ["run", "out", "more"],
+         ["grid", "g.yaml", "--workers", "two"], ["grid", "g.yaml", "--cluster", "cloud"],
+         ["notebook", "n.ipynb"], ["gpu", "chekc"], ["run", "out", "-p", "x" * 10**6]]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", USAGE, ids=range(len(USAGE)))
+def test_a_command_that_is_none_is_one_line(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and len(error) < 2000
+    assert "--help says more" in error
+
+
+@pytest.mark.parametrize("value", ["-1e-3", "-1E400", "-.5", "-5", "-inf", "-NaN", "-1_0.0"])
+@pytest.mark.parametrize("name", ["learning_rate", "dem_weight"])
+def test_a_value_may_begin_with_a_minus(name, value, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "out", "-p", name, value]) == 1
+    assert capsys.readouterr().err.startswith(f"ValueError: {name} = ")
