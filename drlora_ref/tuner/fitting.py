@@ -92,6 +92,37 @@ def check_task(model: nn.Module, task_type: str | None) -> None:
         )
 
 
+def in_4_bits(module: nn.Module) -> bool:
+    """Whether a linear layer is bitsandbytes' with 4 bits a weight, as QLoRA has them.
+
+    >>> in_4_bits(nn.Linear(2, 2))
+    False
+    """
+    return isinstance(module, nn.Linear) and type(module.weight).__name__ == "Params4bit"
+
+
+def check_quantised(model: nn.Module) -> None:
+    """Raise TypeError for a model with quantised weights, unless they are 4-bit ones on a GPU.
+
+    A GGUF file that was loaded unpacked is not quantised any more, whatever the model is marked as.
+    """
+    if not getattr(model, "is_quantized", False):
+        return
+    layers = [module for module in model.modules() if in_4_bits(module)]
+    if places := {layer.weight.device.type for layer in layers} - {"cuda"}:
+        raise TypeError(
+            f"4-bit weights are adapted on a GPU only, and these are on {', '.join(places)}: load "
+            "the model in float32 or bfloat16"
+        )
+    method = getattr(getattr(model.config, "quantization_config", None), "quant_method", "")
+    unpacked = method == "gguf" and all(p.is_floating_point() for p in model.parameters())
+    if not layers and not unpacked:
+        raise TypeError(
+            "quantised models cannot be adapted, but for 4 bits by bitsandbytes on a GPU: load it "
+            "in float32 or bfloat16"
+        )
+
+
 class Before:
     """A model's modules and what in it is trained, to be put back if an adapter does not go in."""
 
