@@ -108,7 +108,8 @@ def check_quantised(model: nn.Module) -> None:
     """
     if not getattr(model, "is_quantized", False):
         return
-    layers = [module for module in model.modules() if in_4_bits(module)]
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    layers = [module for module in linear if in_4_bits(module)]
     if places := {layer.weight.device.type for layer in layers} - {"cuda"}:
         raise TypeError(
             f"4-bit weights are adapted on a GPU only, and these are on {', '.join(places)}: load "

@@ -4,7 +4,7 @@ import json
 import warnings
 import zlib
 from dataclasses import asdict
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -123,7 +123,7 @@ class DynamicRankLinear(nn.Module, BaseTunerLayer):
             return weight
         from bitsandbytes.functional import dequantize_4bit  # it is there: it made the weight
 
-        return dequantize_4bit(weight.data, weight.quant_state)
+        return dequantize_4bit(weight.data, cast(Any, weight).quant_state)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """True: PEFT's convert_to_lora takes ΔW apart anew. export_lora needs no such detour."""

@@ -39,7 +39,8 @@ class Record(TypedDict, total=False):
     last: float | None  # metric of the last evaluation
     metric_name: str
     metric_before_training: float
-    forgetting: dict[str, float] | None  # loss on a text that is not the task's: before, after
+    # Loss on a text that is not the task's: before, after. None where the task has none.
+    forgetting: dict[str, float | None] | None
     loss_curve: list[float | None]  # training loss of each step, DEM left out; None: not finite
     gradient_norm_curve: list[float | None]  # of each step, before clipping
     budget_curve: list[list[int]]  # [step, surviving components] of each pruning event

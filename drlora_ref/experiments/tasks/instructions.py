@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from copy import copy
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 from datasets import Dataset, concatenate_datasets
 from torch import nn
@@ -263,7 +264,8 @@ def write_answers(
         batches = batches_by_length(model, prompts, DataCollatorWithPadding(left), batch_size)
         for chosen, batch in batches:
             longest = max(len(answers[place]) for place in chosen)
-            ids = model.generate(**batch, generation_config=_greedy(tokenizer, longest + 1))
+            given: dict[str, Any] = dict(batch, generation_config=_greedy(tokenizer, longest + 1))
+            ids = cast(Any, model).generate(**given)
             texts = _texts(tokenizer, ids[:, batch["input_ids"].shape[1] :])
             for place, text in zip(chosen, texts, strict=True):
                 written[place] = text

@@ -73,7 +73,8 @@ def order_rows(split: str) -> list[dict[str, str]]:
     >>> len(order_rows("validation"))
     128
     """
-    rng, rows = random.Random(f"orders {split}"), {}
+    rng = random.Random(f"orders {split}")
+    rows: dict[str, str] = {}
     while len(rows) < SIZES[split]:
         template = TEMPLATES[split][len(rows) % len(TEMPLATES[split])]
         words = {slot: rng.choice(some) for slot, some in WORDS[split].items()}
