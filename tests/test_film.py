@@ -153,6 +153,16 @@ def test_a_pruning_map_parts_its_layers():
     assert len(axes.get_xticks()) <= 25
 
 
+def test_ranks_over_time_are_those_of_the_masks(planted_events):
+    names = [LAYERS.format(0, "query"), LAYERS.format(1, "query"), LAYERS.format(1, "key")]
+    axes = plotting.plot_ranks(renamed(planted_events, names))
+    thick = {line.get_label(): line.get_ydata() for line in axes.lines if line.get_linewidth() > 1}
+    assert list(thick) == ["Wq", "Wk"] and len(axes.lines) == 3 + 2
+    last = planted_events.masks[-1].view(3, 4).sum(dim=1).tolist()
+    assert (thick["Wq"][-1], thick["Wk"][-1]) == (sum(last[:2]) / 2, last[2])
+    assert [line.get_ydata()[0] for line in axes.lines if line.get_linewidth() > 1] == [4, 4]
+
+
 def test_a_layer_lights_what_learns_and_knows_its_tensors():
     figure = plotting.plot_layer({"step 1": {"c"}, "step 2": {"A", "B", "c"}})
     said = [[t.get_text() for t in ax.texts].count("gradient") for ax in figure.axes]

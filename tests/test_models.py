@@ -345,16 +345,16 @@ def test_unknown_task_is_refused_before_loading(tiny_encoder):
         load_model(resolve_model(str(tiny_encoder)), "COLA")
 
 
-@pytest.mark.parametrize("name", ["tiny-roberta", "tiny-bart", "tiny-llama"])
-def test_a_tiny_model_is_random_and_the_same_in_every_process(name):
+def test_a_tiny_model_is_random_and_the_same_in_every_process():
+    names = ["tiny-roberta", "tiny-bart", "tiny-llama"]
     script = (
-        "from drlora_ref.experiments.sources.models import resolve_model; "
-        f"print(resolve_model('{name}').sha256)"
+        "from drlora_ref.experiments.sources.models import resolve_model\n"
+        f"print(*(resolve_model(name).sha256 for name in {names}))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    here = resolve_model(name)
-    assert done.stdout.strip() == here.sha256, done.stderr
-    assert here.source == f"random {name}"
+    here = [resolve_model(name) for name in names]
+    assert done.stdout.split() == [source.sha256 for source in here], done.stderr
+    assert [source.source for source in here] == [f"random {name}" for name in names]
 
 
 def test_making_a_tiny_model_draws_no_number_of_the_runs(monkeypatch):

@@ -4,13 +4,16 @@ import functools
 import itertools
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 import trainer_script
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import get_peft_model
 from safetensors.torch import load_file
@@ -278,13 +281,14 @@ def test_gradient_checkpointing_in_trainer_changes_no_bit_of_the_result(tmp_path
     assert_same_bits(*results)
 
 
-def script(*words, processes: int = 1) -> None:
-    launch = f"torch.distributed.run --standalone --nproc_per_node {processes}".split()
-    command = [sys.executable, *(["-m", *launch] if processes > 1 else [])]
-    command += [trainer_script.__file__, *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+def one_of_two(rank: int, port: int, *words: str) -> None:
+    """The script as torchrun would start it, but for the seconds in which it imports."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    AcceleratorState._reset_state(True)  # what this process was before it was forked
+    trainer_script.main(*words)
+    torch.distributed.destroy_process_group()
 
 
 def test_another_process_resumes_bit_identically(tmp_path):
@@ -292,7 +296,11 @@ def test_another_process_resumes_bit_identically(tmp_path):
     whole.train()
     whole.model.save_pretrained(tmp_path / "adapter")
     (tmp_path / "resumed").mkdir()
-    script(tmp_path / "resumed", tmp_path / "whole" / "checkpoint-5")
+    words = map(
+        str, (trainer_script.__file__, tmp_path / "resumed", tmp_path / "whole/checkpoint-5")
+    )
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
     weights = "adapter_model.safetensors"
     there = load_file(tmp_path / "resumed" / "adapter-0" / weights)
     assert_same_bits(there, load_file(tmp_path / "adapter" / weights))
@@ -300,7 +308,11 @@ def test_another_process_resumes_bit_identically(tmp_path):
 
 def test_two_processes_have_the_same_masks_at_every_step(tmp_path):
     """DDP over gloo, its broadcast of buffers switched off; and those of one process."""
-    script(tmp_path, "--still", processes=2)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    words = port, str(tmp_path), "--still"
+    mp.start_processes(one_of_two, words, nprocs=2, start_method="fork")
     one, other = (torch.load(tmp_path / f"masks-{rank}.pt") for rank in (0, 1))
     assert len(one) == 6  # the batches are shared out: half as many steps
     assert torch.equal(one, other) and one[-1].sum() == 24 and one[0].all()

@@ -222,7 +222,8 @@ def test_the_settings_name_parameters_that_exist_and_a_schedule_that_is_possible
 )
 def test_a_real_encoder_learns_from_real_cola_under_an_exact_budget(tmp_path):
     given = {"task": "cola", "data_dir": str(GLUE), "train_size": 960, "max_steps": 60}
-    run_notebook(NOTEBOOK, tmp_path, {**given, "batch_size": 16, "init_r": 3, "target_r": 2})
+    given |= {"batch_size": 8, "init_r": 3, "target_r": 2, "output_dir": str(tmp_path)}
+    execute(NOTEBOOK, given)
     record = read_record(tmp_path)
     losses = record["loss_curve"]
     assert sum(losses[-15:]) < sum(losses[:15])

@@ -3,15 +3,15 @@
 import json
 from pathlib import Path
 
-import nbformat
 import pandas as pd
 import pytest
+from in_process import execute
 
-from drlora_ref.experiments.grids.notebooks import run_notebook
 from drlora_ref.experiments.results import paper
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "14_tables_and_rank_maps.ipynb"
 MATRICES = ("query", "key", "value")
+FOLDERS = {"results_dir": "results", "output_dir": "out"}
 
 
 def write(folder: Path, method: str, seed: int, score: float, **given) -> None:
@@ -49,10 +49,8 @@ def tables(tmp_path_factory):
     for target_r in (2, 4):
         write(root / "results" / "figure_2", "drlora", 0, 0.95, task="sst2", metric_name="accuracy",
               target_r=target_r, init_r=target_r * 3 // 2)  # fmt: skip
-    executed = run_notebook(NOTEBOOK, root / "out", {"results_dir": str(root / "results")})
-    cells = nbformat.read(executed, 4).cells
-    text = "".join(o.get("text", "") for cell in cells for o in cell.get("outputs", []))
-    return root / "out", text
+    places = {name: str(root / folder) for name, folder in FOLDERS.items()}
+    return root / "out", execute(NOTEBOOK, places)
 
 
 def cell(folder: Path, number: int, **keys) -> pd.Series:

@@ -270,7 +270,7 @@ def one_process(rank: int, folder: str) -> None:
 
 
 def test_two_processes_have_the_mean_over_the_rows_of_both(tmp_path):
-    mp.spawn(one_process, (str(tmp_path),), nprocs=2)
+    mp.start_processes(one_process, (str(tmp_path),), nprocs=2, start_method="fork")
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert torch.equal(one, other)
     layer = DynamicLoRALinear(nn.Linear(4, 4), 2).double()

@@ -79,8 +79,7 @@ def trainer(folder, model=None, **given) -> DynamicRankTrainer:
     )
 
 
-if __name__ == "__main__":
-    folder, *rest = sys.argv[1:]
+def main(folder: str, *rest: str) -> None:
     model = still() if "--still" in rest else adapted()
     # Buffers are not broadcast: that both ranks have one mask is the allocator's doing.
     run = trainer(folder, model, ddp_broadcast_buffers=False)
@@ -90,3 +89,7 @@ if __name__ == "__main__":
     rank = run.args.process_index
     torch.save(torch.stack(seen.masks), Path(folder) / f"masks-{rank}.pt")
     run.model.save_pretrained(Path(folder) / f"adapter-{rank}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
