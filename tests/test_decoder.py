@@ -61,9 +61,10 @@ def test_the_record_says_on_what_it_was_made_and_holds_whole_runs():
 
 @pytest.mark.parametrize("size", ["135M", "1B", "7B", "70B"])
 def test_the_costs_follow_from_shapes(size):
-    """By hand, from what Eq. 7's two Gram matrices need."""
+    """By hand, from what Eq. 7's two Gram matrices need, and the scalars around them."""
     made, r = record()["costs"][size], record()["parameters"]["init_r"]
     assert made["components"] == r * made["matrices"]
     assert made["bytes of EMA and mask"] == 5 * r * made["matrices"]
     sides = made["numbers trained"] / r - made["matrices"]  # d_out + d_in of all matrices
-    assert made["Gram, Mflop"] == pytest.approx(2 * r * r * sides / 1e6)
+    gram = 2 * r * r * sides + 2 * r * (r + 1) * made["matrices"]
+    assert made["Gram, Mflop"] == pytest.approx(gram / 1e6)

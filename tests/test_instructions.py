@@ -396,7 +396,7 @@ TOO_LONG = [
 def test_a_row_that_is_too_long_is_named_before_any_training(
     row, max_length, message, split, loaded
 ):
-    rows = Dataset.from_list([GOOD, row])
+    rows = Dataset.from_list([GOOD, row, dict(GOOD, answer="b" * 150)])  # the longest is named
     with pytest.raises(ValueError, match=f"{split}, {message}"):
         encode(rows, loaded[1], max_length, split)
 

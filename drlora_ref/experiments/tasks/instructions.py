@@ -45,6 +45,7 @@ from drlora_ref.experiments.tasks.evaluation import (
     check_positive,
     evaluation_mode,
     final_texts,
+    row_lengths,
 )
 from drlora_ref.experiments.tasks.orders import order_rows
 
@@ -199,11 +200,11 @@ def encode(
     decoders that is the padding token as well. Who tells padding by its id (as transformers'
     DataCollatorForLanguageModeling does) never teaches such a model to stop.
 
-    Nothing is cut. Raises ValueError for a max_length as check_lengths, and naming the first row
-    that is longer.
+    Nothing is cut. Raises ValueError for a max_length as check_lengths, and naming the longest row
+    if it is longer.
     """
     check_lengths(tokenizer, max_length=max_length)
-    end, parts, place = tokenizer.eos_token_id, [], 0
+    end, parts = tokenizer.eos_token_id, []
     for some in rows.iter(1000):
         prompts = tokenizer([PROMPT.format(text) for text in some["instruction"]])["input_ids"]
         answers = tokenizer([f" {text}" for text in some["answer"]], add_special_tokens=False)
@@ -212,20 +213,16 @@ def encode(
             prompt = prompt[:-1] if prompt[-1] == end else prompt  # some tokenizers end all texts
             ids.append([*prompt, *answer, end])
             labels.append([-100] * len(prompt) + [*answer, end])
-            place += 1
-            if len(ids[-1]) > max_length:
-                raise ValueError(_too_long(split, place, len(ids[-1]), tokenizer, max_length))
         parts.append(Dataset.from_dict({"input_ids": ids, "labels": labels}))
-    return concatenate_datasets(parts)
-
-
-def _too_long(split: str, place: int, n: int, tokenizer, max_length: int) -> str:
-    most = tokenizer.model_max_length
-    way = "leave it out" if n > most else f"take {n} or more"
-    return (
-        f"{split}, row {place}: instruction and answer are {n} tokens and nothing is cut, but "
-        f"max_length = {max_length} and the model reads {most}: {way}"
-    )
+    encoded = concatenate_datasets(parts)
+    lengths, most = row_lengths(encoded), tokenizer.model_max_length
+    if (n := max(lengths)) > max_length:
+        way = "leave it out" if n > most else f"take {n} or more"
+        raise ValueError(
+            f"{split}, row {lengths.index(n) + 1}: instruction and answer are {n} tokens and "
+            f"nothing is cut, but max_length = {max_length} and the model reads {most}: {way}"
+        )
+    return encoded
 
 
 def evaluate(
