@@ -1,6 +1,7 @@
 """Notebook 19: on a tiny Llama it comes to its end, and the committed copy is the record's run."""
 
 import json
+import re
 from functools import cache
 
 import pytest
@@ -68,3 +69,20 @@ def test_the_costs_follow_from_shapes(size):
     sides = made["numbers trained"] / r - made["matrices"]  # d_out + d_in of all matrices
     gram = 2 * r * r * sides + 2 * r * (r + 1) * made["matrices"]
     assert made["Gram, Mflop"] == pytest.approx(gram / 1e6)
+
+
+def test_the_readme_says_what_the_record_says():
+    said = (ROOT / "README.md").read_text()
+    (line,) = re.findall(r"- A decoder of 135M.*?decoder\.json", said, re.S)
+    made, n = record(), record()["parameters"]["answers"]
+    right = [round(n * made[name]["exact_match"]) for name in ("lora", "dynamic")]
+    assert f"of {n} orders none before, {right[0]} with LoRA, {right[1]} with" in line
+    losses = [made["before"]["loss on another text"]]
+    losses += [made[name]["other_text_loss"] for name in ("lora", "dynamic")]
+    assert [f"{loss:.2f}" for loss in losses] == re.findall(r"\d\.\d\d", line)
+    assert f"{made['parameters']['steps']} steps" in line
+    costs = made["costs"]["70B"]
+    assert f"{costs['bytes of EMA and mask'] / 1000:.0f} kB for a 70B Llama" in said
+    assert f"{1e7 * costs['Gram, of a step']:.0f} × 10⁻⁷ of a training step" in " ".join(
+        said.split()
+    )
