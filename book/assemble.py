@@ -31,6 +31,7 @@ def main() -> None:
     shutil.rmtree(SOURCE, ignore_errors=True)
     SOURCE.mkdir()
     shutil.copytree(ROOT / "results", SOURCE / "results", ignore=shutil.ignore_patterns("*.npz"))
+    shutil.copytree(ROOT / "notebooks" / "solutions", SOURCE / "notebooks" / "solutions")
     write_moving(SOURCE / "moving")
     for path in NOTEBOOKS:
         nbformat.write(_with_files(chapter(path), path), _place(f"notebooks/{path.name}"))

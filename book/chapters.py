@@ -12,7 +12,12 @@ from drlora_ref import plotting
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-CORE = ("00", "01", "02", "03", "04", "05", "06", "07", "08", "09", "13", "15", "17", "18")
+# The path: a notebook off it says so in its first cell.
+CORE = [
+    path.stem.partition("_")[0]
+    for path in NOTEBOOKS
+    if "**Side path:**" not in nbformat.read(path, 4).cells[0].source
+]
 # The files of the paper that a chapter builds, and what may be moved by hand beside it.
 FILES = {
     "02": ["layer", "inject"], "03": ["importance"], "04": ["importance"], "05": ["schedule"],
@@ -61,7 +66,7 @@ def chapter(path: Path) -> nbformat.NotebookNode:
 def _for_myst(cell: nbformat.NotebookNode) -> str:
     """The text of a Markdown cell, where Jupyter and Sphinx do not read the same."""
     # Jupyter's anchors keep their capitals.
-    text = re.sub(r"\]\(#[^)]+\)", lambda link: link[0].lower(), cell.source)
+    text = re.sub(r"\]\((\w+\.ipynb)?#[^)]+\)", lambda link: link[0].lower(), cell.source)
     text = re.sub(r"\$\$(.+?)\$\$", _numbered, text, flags=re.S)
     hidden = "hide-cell" in cell.metadata.get("tags", [])
     return _closed("Show the answer", text) if hidden else text

@@ -154,6 +154,7 @@ def plot_budget(schedules: dict[str, BudgetSchedule], axes: plt.Axes | None = No
         (line,) = axes.plot(steps, [schedule.budget(t) for t in steps], label=label)
         events = [t for t in steps if schedule.prunes_at(t)]
         axes.plot(events, [schedule.budget(t) for t in events], ".", color=line.get_color())
+    axes.plot([], [], ".", color="0.4", label="pruning event")
     axes.set(xlabel="step t", ylabel="budget b(t), per matrix")
     axes.legend(frameon=False)
     return axes
@@ -181,8 +182,8 @@ def plot_pruning_map(
         axes.set_yticks(places, [str(place % r) for place in places], fontsize=7)
         for layer in range(layers):
             middle = 1 - (layer + 0.5) / layers
-            axes.text(
-                -0.045, middle, f"layer {layer}", transform=axes.transAxes,
+            axes.annotate(
+                f"layer {layer}", (0, middle), (-22, 0), "axes fraction", "offset points",
                 rotation=90, ha="right", va="center", fontsize=9,
             )  # fmt: skip
             if layer:

@@ -72,9 +72,7 @@ VALUES: dict[str, dict[str, list]] = {
         "d_in": [4, 12],
         "r": [1, 4],
         "n_inputs": [5_000, 10_000],
-        "batch": [1, 2],
-        "length": [8, 16],
-        "repeats": [1, 2],
+        "needs": [[1, 3, 5], [0, 6]],
         "seed": [1, 3],
     },
     "04": {
@@ -82,7 +80,7 @@ VALUES: dict[str, dict[str, list]] = {
         "betas": [[0.0, 0.8], [0.0, 0.3, 0.6, 0.9, 0.95]],
         "dim": [12, 20],
         "equal_ranks": [[5, 5], [4, 4]],
-        "unequal_ranks": [[1, 6], [3, 5]],
+        "unequal_ranks": [[1, 6], [0, 3, 5]],
         "init_r": [7, 8],
         "target_r": [3, 5],
         "batch": [4, 16],
@@ -93,7 +91,7 @@ VALUES: dict[str, dict[str, list]] = {
         "seeds": [[1], [5]],
     },
     "05": {
-        "layers": [12, 100],
+        "matrices": [12, 100],
         "init_r": [6, 12],
         "target_r": [1, 3],
         "total_steps": [200, 2000],
@@ -147,8 +145,8 @@ VALUES: dict[str, dict[str, list]] = {
     "10": MORE | {"task": ["mrpc", "boolq"], "batch_size": [8, 4], "max_length": [32, 64]},
     "11": MORE
     | {
-        "task": ["squad_v1"],
-        "batch_size": [2, 8],
+        "task": ["squad_v2"],
+        "batch_size": [2, 4],
         "max_length": [40, 64],
         "stride": [8, 16],
         "scoring": ["authors"],
@@ -236,6 +234,14 @@ VALUES: dict[str, dict[str, list]] = {
         "seed": [1, 2],
         "overwrite": [True],
     },
+    "20": {
+        "baseline": ["lora rank32-dora", "lora rank64-rslora"],
+        "level": [0.01, 0.1],
+        "entries": [10, 200],
+        "draws": [2_000, 5_000],
+        "orth_reg_weight": [0.1, 2.0],
+        "seed": [1, 2],
+    },
     "21": {
         "small_ranks": [[0, 2, 2, 4], [0, 1, 3, 3]],
         "small_dim": [12, 20],
@@ -244,6 +250,14 @@ VALUES: dict[str, dict[str, list]] = {
         "small_steps": [100, 140],
         "small_weight": [0.1, 3.0],
         "seed": [1, 2],
+    },
+    "22": {
+        "batch": [1, 2],
+        "length": [8, 16],
+        "repeats": [1, 3],
+        "matrices": [12, 100],
+        "stop": [70, 190],
+        "seed": [1, 3],
     },
 }
 

@@ -17,6 +17,7 @@ from in_process import execute
 from IPython.core.inputtransformer2 import TransformerManager
 
 from solved import (
+    CORE,
     NBVAL,
     NOTEBOOKS,
     OTHERS,
@@ -86,6 +87,40 @@ def test_opens_and_closes_as_every_notebook_does(path):
     assert all(field in prose[-1].source for field in CLOSING)
 
 
+@pytest.mark.parametrize("number", CORE)
+def test_no_notebook_of_the_path_is_long(number):
+    (path,) = [path for path in NOTEBOOKS if path.name.startswith(number)]
+    assert len(nbformat.read(path, 4).cells) <= 70
+
+
+def test_side_paths_are_marked_wherever_notebooks_are_listed():
+    readme = (ROOT / "README.md").read_text()
+    start = "".join(c.source for c in cells(NOTEBOOKS[0], "markdown"))
+    path_of_00, side_of_00 = start.split("**side paths**")
+    for path in NOTEBOOKS:
+        side, link = path.name[:2] not in CORE, f"]({path.name})"
+        assert ("**Side path:**" in cells(path, "markdown")[0].source) == side, path.name
+        assert re.search(rf"^\| \*\[.*/{path.name}\)\* \|", readme, re.M) or not side
+        assert link in (side_of_00 if side else path_of_00) or path == NOTEBOOKS[0]
+
+
+@each_notebook
+def test_says_first_and_last_which_versions_it_ran_with(path):
+    code = [cell for cell in cells(path) if "print(versions())" in cell.source]
+    assert code[0] in cells(path)[:5] and code[-1] is not code[0]
+    assert nbformat.read(path, 4).cells[-1] == code[-1]
+    for cell in (code[0], code[-1]):
+        assert "nbval-ignore-output" in tags(cell)
+        assert re.match(r"Python \d.*drlora-ref \d.*torch \d", cell.outputs[0].text)
+
+
+@each_notebook
+def test_every_picture_has_words(path):
+    for cell in cells(path):
+        if any("image/png" in o.get("data", {}) for o in cell.outputs):
+            assert len(cell.metadata.get("alt", "").split()) >= 8, cell.source.splitlines()[0]
+
+
 @each_notebook
 def test_code_cells_are_small(path):
     lengths = [
@@ -128,9 +163,15 @@ def test_exercises_run_unsolved_and_have_answers(path):
     exercises = [t for cell in code for t in tags(cell) if t.startswith("exercise-")]
     assert 2 <= len(exercises) <= 4
     assert set(solutions(path)) == set(exercises)
+    book = nbformat.read(path, 4).cells
     for number in range(1, len(exercises) + 1):
-        (check,) = [cell for cell in code if f"check-{number}" in tags(cell)]
-        assert check.outputs[0].text == f"Exercise {number}: not solved yet\n"
+        (at,) = [i for i, cell in enumerate(book) if f"check-{number}" in tags(cell)]
+        assert book[at].outputs[0].text == f"Exercise {number}: not solved yet\n"
+        assert "    with hint(" in book[at].source
+        # After it the idea of the answer, folded; before it, in the text, where the answer is.
+        assert book[at + 1].source.startswith("<details><summary>The idea</summary>\n\n")
+        asked = "".join(c.source for c in book[:at] if c.cell_type == "markdown")
+        assert f"[solution](solutions/{path.stem}.py)" in asked.split(f"**Exercise {number}**")[1]
 
 
 # Where to find what the committed notebook finds beside it.
@@ -162,5 +203,6 @@ def test_what_answers_a_prediction_is_folded(path):
             assert hidden.source_hidden and hidden.outputs_hidden  # in JupyterLab
     prose = [c.source for c in book if c.cell_type == "markdown"]
     folds = "".join(prose).count("<details><summary>Answer</summary>\n\n")
-    assert folds == "".join(prose).count("\n\n</details>")
+    ideas = "".join(prose).count("<details><summary>The idea</summary>\n\n")
+    assert folds + ideas == "".join(prose).count("\n\n</details>")
     assert folds >= "".join(prose).count("**Predict.**") // 3

@@ -13,7 +13,7 @@ def outputs_of_best_single_matrix(module, points):
 
 
 # %% exercise-2
-# c = 1, so the gradient of lora_B, s·c·S·a, is there. The other two, s·bᵀ·S·a and s·c·Sᵀ·b, carry
+# c = 1, so the gradient of lora_B, s·c·G·a, is there. The other two, s·bᵀ·G·a and s·c·Gᵀ·b, carry
 # lora_B as a factor, which is zero: the same start as LoRA's.
 learn_at_first_step = {"lora_B"}
 

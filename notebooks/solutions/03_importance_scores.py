@@ -14,15 +14,6 @@ def norms_on_inputs(lora_A, lora_B, lora_c, x):
 
 
 # %% exercise-3
-# The components cancel inside the product of two small triangles, entry by entry, *before*
-# anything is squared. The Gram form squares first, and so loses half of the digits.
-def norm_by_qr(lora_A, lora_B, lora_c):
-    R_B = torch.linalg.qr(lora_B, mode="r").R  # (r, r)
-    R_A = torch.linalg.qr(lora_A.T, mode="r").R
-    return ((R_B * lora_c) @ R_A.T).norm()
-
-
-# %% exercise-4
 # What is removed is itself a sum of components, so update_norm measures it. For one component that is
 # the score; for several, they may cancel or add up.
 def change_when_pruned(lora_A, lora_B, lora_c, k):

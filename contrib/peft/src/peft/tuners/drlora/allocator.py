@@ -1,0 +1,580 @@
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""After each optimizer step: score, smooth, and keep the best components over all layers."""
+
+import functools
+import inspect
+import itertools
+import json
+import warnings
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .config import BudgetSchedule, DrLoraConfig
+from .layer import RankOneComponents, dynamic_layers, stack_by_shape
+from .precision import StaysFloat32, at_least_float32
+from .scores import SCORES, check_scoring, ema_update, random_scores
+
+
+def dem_penalty(lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    """Mean variance within the components of one layer (Eq. 10, one layer's part).
+
+        R = (1/n) Σᵢ (Var(aᵢ) + Var(bᵢ))
+
+    The paper's reason: a component that is near zero but for a few large elements has a small norm
+    and is pruned early, and then those few dimensions change abruptly.
+
+    Shapes: lora_A (..., r, d_in), lora_B (..., d_out, r) -> (...)
+    Raises ValueError if a vector has fewer than two elements: it has no variance.
+
+    Choice: the unbiased variance, as in the authors' code; they take *half* of R. We do as printed.
+
+    Read with care: the variance is taken *within* each vector, over its elements, never across
+    components. It knows a vector's length and mean, nothing else: (d - 1) Var = ‖a‖² - d·mean². A
+    constant vector of any length costs nothing; one of mean zero is shrunk as by weight decay.
+    """
+    if lora_A.shape[-1] < 2 or lora_B.shape[-2] < 2:
+        raise ValueError("a vector of fewer than two elements has no unbiased variance")
+    return (lora_A.var(dim=-1) + lora_B.var(dim=-2)).mean(dim=-1)
+
+
+def check_dem(layers: dict[str, RankOneComponents]) -> None:
+    """Raise ValueError naming a layer whose aᵢ or bᵢ is a single number: it has no variance."""
+    for name, layer in layers.items():
+        d_in, d_out = layer.lora_A.shape[-1], layer.lora_B.shape[-2]
+        if min(d_in, d_out) < 2:
+            raise ValueError(
+                f"{name} has {d_in} inputs and {d_out} outputs, and DEM (Eq. 10) is a variance "
+                "over either: adapt it without DEM (dem_weight 0), or leave it out of the targets"
+            )
+
+
+def dem_loss(layers: dict[str, RankOneComponents]) -> Tensor:
+    """R over all components of all layers (Eq. 10), a scalar with gradient: add dem_weight · R."""
+    check_dem(layers)
+    stacks = stack_by_shape(list(layers.values()))
+    total = sum(dem_penalty(A, B).sum() * A.shape[-2] for _, (A, B, _) in stacks)
+    return total / sum(layer.lora_c.numel() for layer in layers.values())
+
+
+class ZWatch:
+    """Mean square of z = aᵀx for every component, over the rows of one optimizer step.
+
+        E(zᵢ²) ≈ Σ zᵢ² / rows
+
+    The layers compute z in their forward pass and show it; `mean()` is asked once a step and starts
+    anew. Sums and rows are added up, so micro-batches count by their rows, and a layer that
+    gradient checkpointing runs twice has the same mean. Several processes have the same number:
+    both sums are taken over all of them.
+
+    Padding is no row. A layer does not know it, so the watch reads the 2-D `attention_mask` that
+    the models it follows are called with, and leaves out the rows where it is 0. That holds for
+    inputs of its shape, (batch, length, d_in). A layer with an input of any other shape counts all
+    rows: a decoder's, or any layer if the mask is 4-D or there is none.
+
+    Shapes: each layer's lora_c (..., r), where ... is nothing, or R for replicas, whose rows follow
+    one another in the batch.
+
+    Read with care: a layer has one watch, the one that was made last. Under torch.distributed all
+    processes must ask for the mean together, and train one model.
+    """
+
+    def __init__(self, layers: list[RankOneComponents]):
+        self.layers = layers
+        self.models: list[nn.Module] = []
+        self.handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.eyes = [functools.partial(self._see, i) for i in range(len(layers))]
+        self.start()
+
+    def start(self) -> None:
+        """Watch from now on; what was seen before is forgotten."""
+        self.stop()
+        self.on = True
+        for layer, eye in zip(self.layers, self.eyes, strict=True):
+            layer.watch = eye
+        for model in self.models:
+            self._read_masks(model)
+
+    def stop(self) -> None:
+        """Leave layers and models as if they had never been watched."""
+        self.on, self.mask = False, None
+        self.seen: dict[int, Tensor] = {}  # by layer, its z of the pass that is under way
+        self.sums: tuple[Tensor, Tensor] | None = None  # of z², and of rows
+        for layer, eye in zip(self.layers, self.eyes, strict=True):
+            if layer.watch is eye:  # not that of a later watch
+                layer.watch = None
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    def follow(self, model: nn.Module) -> None:
+        """Leave out the padding of the batches that this model is called with."""
+        self.models.append(model)
+        self._read_masks(model)
+
+    def _read_masks(self, model: nn.Module) -> None:
+        self.handles.append(model.register_forward_pre_hook(self._new_batch, with_kwargs=True))
+
+    def _new_batch(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._add_up()
+        if args:
+            names = inspect.signature(model.forward).parameters
+            kwargs = dict(zip(names, args, strict=False)) | kwargs
+        self.mask = kwargs.get("attention_mask")
+
+    def _see(self, i: int, z: Tensor) -> None:
+        if i in self.seen:  # the next pass has begun
+            self._add_up()
+        self.seen[i] = z.detach()
+
+    @torch.no_grad()
+    def _add_up(self) -> None:
+        """Add what was seen to the sums: a few calls for all layers whose z have one shape."""
+        if not self.seen:
+            return
+        if self.sums is None:
+            c = torch.stack([layer.lora_c for layer in self.layers])  # (layers, ..., r)
+            self.sums = torch.zeros_like(c), torch.zeros_like(c[..., 0])
+        squares, rows = self.sums
+        by_shape: dict[torch.Size, list[int]] = {}
+        for i, z in self.seen.items():
+            by_shape.setdefault(z.shape, []).append(i)
+        for members in by_shape.values():
+            z = torch.stack([self.seen[i] for i in members]).to(squares.dtype)
+            counts = self._counts(z[0]).reshape(*rows.shape[1:], -1, 1)  # (..., rows, 1)
+            z = z.reshape(len(z), *counts.shape[:-1], -1)  # (layers, ..., rows, r)
+            more = list((z.square() * counts).sum(dim=-2))
+            torch._foreach_add_([squares[i] for i in members], more)
+            more = [counts.sum(dim=(-2, -1))] * len(members)
+            torch._foreach_add_([rows[i] for i in members], more)
+        self.seen = {}
+
+    def _counts(self, z: Tensor) -> Tensor:
+        """1 for each row of z (*places, r) that counts, 0 for padding: (*places)."""
+        if self.mask is not None and self.mask.shape == z.shape[:-1]:
+            return self.mask.to(z)
+        return torch.ones_like(z[..., 0])
+
+    @torch.no_grad()
+    def mean(self) -> tuple[Tensor, ...]:
+        """E(zᵢ²) of each layer, (..., r), since this was last asked for. A layer unseen has 0.
+
+        Raises ValueError if no layer was seen at all.
+        """
+        self._add_up()
+        if self.sums is None:
+            raise ValueError(
+                "no layer was seen: make the allocator before the forward pass, run that in "
+                "training mode, and let no later allocator watch the same layers"
+            )
+        squares, rows = self.sums
+        self.sums = None
+        if dist.is_available() and dist.is_initialized():
+            both = torch.cat([squares.flatten(), rows.flatten()])  # one call for all layers
+            dist.all_reduce(both)
+            squares = both[: squares.numel()].view_as(squares)
+            rows = both[squares.numel() :].view_as(rows)
+        return (squares / rows.clamp(min=1).unsqueeze(-1)).unbind()
+
+
+class Diverged(ValueError):
+    """Scores that are NaN or infinite: of a run that diverged nothing is left to select."""
+
+
+def select_components(scores: Tensor, keep: int | Tensor) -> Tensor:
+    """Mask of the `keep` highest scores; of equal scores the earlier position wins.
+
+    Shapes: scores (..., N); keep an int, or whole numbers of shape (...) -> bool (..., N)
+    Raises Diverged if a score is NaN or infinite, ValueError if keep is not between 0 and N.
+
+    Choice: exactly `keep` survive. The authors' code drops every score up to the k-th smallest
+    (`<= kthvalue`), so a tie there costs more components than the budget says.
+
+    Read with care: the sort must be stable. An unstable one may order ties differently on another
+    device or in another process, and then the replicas of one model no longer agree.
+    """
+    n = scores.shape[-1]
+    keep = torch.as_tensor(keep, device=scores.device)
+    if not scores.isfinite().all():
+        bad = scores.isfinite().logical_not().sum()
+        raise Diverged(f"{bad} of {scores.numel()} scores are NaN or infinite: training diverged")
+    if (keep < 0).any() or (keep > n).any():
+        raise ValueError(f"keep = {keep.tolist()}: must be between 0 and the {n} components")
+    best_first = scores.argsort(dim=-1, descending=True, stable=True)
+    place = torch.empty_like(best_first)  # place[i]: how many components are ranked before i
+    place.scatter_(-1, best_first, torch.arange(n, device=scores.device).expand_as(best_first))
+    return place < keep.unsqueeze(-1)
+
+
+def check_next_step(global_step: int, last_step: int) -> None:
+    """Raise ValueError unless this step follows the last one: else an event would be missed."""
+    if global_step != last_step + 1:
+        raise ValueError(
+            f"step({global_step}) after step {last_step}: call it once after every optimizer step, "
+            "and load_state_dict before going on from a checkpoint"
+        )
+
+
+def needs(score: Callable) -> set[str]:
+    """What a score asks for by name beyond (lora_A, lora_B, lora_c): z_square, c_grad, or nothing."""
+    return {"z_square", "c_grad"} & inspect.signature(score).parameters.keys()
+
+
+def seen_by_the_step(layers: dict[str, Any], names: set[str], watch: ZWatch | None) -> dict[str, Sequence[Tensor]]:
+    """What scores need of the last step, by name: for each layer a tensor (..., r)."""
+    given: dict[str, Sequence[Tensor]] = {}
+    if "z_square" in names and watch:
+        given["z_square"] = watch.mean()
+    if "c_grad" in names:
+        given["c_grad"] = c_gradients(layers)
+    return given
+
+
+def c_gradients(layers: dict[str, Any]) -> list[Tensor]:
+    """The gradient of each layer's c. Raises ValueError if one has none at this point."""
+    for name, layer in layers.items():
+        if layer.lora_c.grad is None:
+            raise ValueError(
+                f"{name}.lora_c has no gradient: call the allocator after optimizer.step() and "
+                "before optimizer.zero_grad()"
+            )
+    return [layer.lora_c.grad for layer in layers.values()]
+
+
+def unreached(layers: dict[str, Any]) -> set[str]:
+    """The layers whose c no gradient has reached; none if c has no gradient in any layer."""
+    without = {name for name, layer in layers.items() if layer.lora_c.grad is None}
+    return without if len(without) < len(layers) else set()
+
+
+def _kind(name: str) -> str:
+    """The last word of a name: what the layer is, in whichever block. "h.0.q" -> "q"."""
+    return next((part for part in reversed(name.split(".")) if not part.isdigit()), "")
+
+
+@torch.no_grad()
+def zero_pruned(layers: dict[str, Any]) -> None:
+    """Set the c of every component outside its layer's mask to zero, in place; NaN too."""
+    # All layers in four calls: this runs after every step of the second half of training.
+    cs = [m.lora_c for m in layers.values()]
+    masks = torch.stack([m.component_mask for m in layers.values()])
+    torch._foreach_copy_(cs, torch.where(masks, torch.stack(cs), 0.0).unbind())
+
+
+class RankAllocator:
+    """Distributes one budget of components over all layers while the model trains (Algorithm 1).
+
+    Call `step(t)` after the t-th optimizer step, t = 1, 2, ..., T. It scores every component
+    (Eq. 7 by default), smooths the scores (Eq. 8), and at the schedule's pruning steps keeps the
+    best b(t) · layers of them (Eq. 9), over *all* layers at once; it sets the c of the others to
+    zero. They train on and may come back at a later event. After the last event the mask is fixed.
+
+    Choice: scores and their averages end with the last event, as in the authors' code. Nothing
+    would read them.
+
+    Layers of one shape are stacked, so that a base-size encoder's 72 matrices take three scoring
+    calls, not 72. All scores lie in one vector, in `named_modules()` order and then by component.
+
+    Arguments: `model`, or its adapted layers by name; `score` is a name in SCORES or a function
+    like importance_scores; `seed` matters to "random" only, which draws from a generator of its
+    own. A score with a keyword argument z_square or c_grad is given the mean square of each aᵢᵀx
+    over the last step's rows, or the gradient of c; then step(t) belongs before zero_grad(). The
+    layers are watched for z_square until pruning has ended, by `watch` if the caller has one;
+    layers given by name have no model, so `allocator.watch.follow(model)` must say where padding
+    is read. With `uniform` every layer keeps the same number of components, its own best: a control
+    that prunes and distributes nothing. Raises ValueError for a model without adapted layers or
+    with another number of components than the schedule starts from, for an unknown score, and for
+    beta outside [0, 1).
+
+    Read with care: once pruning has ended, zeros must be written again after every optimizer step.
+    The gradient of a c at zero is not zero, and AdamW also remembers past gradients: either moves
+    it. And the budget counts for all layers together; under Eq. 7 too, a layer can lose everything.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | dict[str, RankOneComponents],
+        schedule: BudgetSchedule,
+        beta: float = 0.9,
+        score: str | Callable = "frobenius_share",
+        seed: int = 0,
+        watch: ZWatch | None = None,
+        uniform: bool = False,
+    ):
+        self.layers, self.schedule, self.beta = dynamic_layers(model), schedule, beta
+        self.uniform = uniform
+        if not self.layers:
+            raise ValueError("the adapter has no layer")
+        check_scoring(score, beta)
+        self.sizes = [layer.lora_c.numel() for layer in self.layers.values()]
+        for r in self.sizes:
+            if r != schedule.init_r:
+                raise ValueError(f"init_r = {schedule.init_r}, but the layers have r = {r}")
+
+        self.score_name = score if isinstance(score, str) else getattr(score, "__name__", repr(score))
+        self.score: Callable[..., Tensor] = SCORES[score] if isinstance(score, str) else score
+        self.generator = torch.Generator().manual_seed(seed)
+        if score == "random":
+            self.score = functools.partial(random_scores, generator=self.generator)
+        self.needs = needs(self.score)
+        self.watch = watch
+        if "z_square" in self.needs and not watch:
+            self.watch = ZWatch(list(self.layers.values()))
+            if isinstance(model, nn.Module):
+                self.watch.follow(model)
+        self.last_step = 0
+        self.smooths = True  # False: the training step does so itself, as a captured one
+        self.ema = torch.zeros(sum(self.sizes))
+        self.waiting = set(self.layers)  # for a first gradient
+        self.first_event = next(t for t in itertools.count(1) if schedule.prunes_at(t))
+
+    @torch.no_grad()
+    def scores(self) -> Tensor:
+        """The unsmoothed score of every component: (N,), by position.
+
+        Read with care: a score of z_square takes up what was seen; it can be asked once a step.
+        """
+        given = seen_by_the_step(self.layers, self.needs, self.watch)
+        by_layer: dict[int, Tensor] = {}
+        for members, (A, B, c) in stack_by_shape(list(self.layers.values())):
+            own = {name: at_least_float32(torch.stack([each[i] for i in members])) for name, each in given.items()}
+            by_layer.update(zip(members, self.score(A, B, c, **own), strict=True))  # a row a layer
+        return torch.cat([by_layer[i] for i in range(len(by_layer))])
+
+    @torch.no_grad()
+    def step(self, global_step: int) -> None:
+        """Lines 7-9 of Algorithm 1, after optimizer step number global_step.
+
+        Raises ValueError if steps are left out or repeated, since the last event would be missed;
+        and naming the layers that no gradient reaches: they would take a share of the budget.
+        Raises Diverged, before any mask has changed, if a score is NaN or infinite at a pruning
+        step.
+        """
+        check_next_step(global_step, self.last_step)
+        self._check_reached(global_step)
+        self.last_step = global_step
+        if self.schedule.pruning_ended(global_step):
+            if self.watch and self.watch.on and self.smooths:
+                self.watch.stop()
+            return zero_pruned(self.layers)
+        if self.smooths:
+            scores = self.scores()
+            self.ema = ema_update(self.ema.to(scores), scores, self.beta)
+        if self.schedule.prunes_at(global_step):
+            scores = self.ema.view(len(self.layers), -1) if self.uniform else self.ema
+            keep = self.schedule.keep_count(global_step, scores.shape[-1])
+            self._set_mask(select_components(scores, keep).flatten())
+            zero_pruned(self.layers)
+
+    def _check_reached(self, step: int) -> None:
+        """Refuse layers that no gradient reaches, before any component is taken away.
+
+        At the first step, where that is so for all layers of one name. A layer may also be skipped
+        at random (layerdrop, experts): it has time until the first pruning event.
+        """
+        if step > self.first_event:
+            return
+        without = unreached(self.layers)
+        self.waiting &= without
+        reached = {_kind(name) for name in self.layers.keys() - without}
+        passed_by = [n for n in self.layers if n in self.waiting]
+        if step < self.first_event:
+            passed_by = [n for n in passed_by if step == 1 and _kind(n) not in reached]
+        if passed_by:
+            more = f" and {len(passed_by) - 3} more" if len(passed_by) > 3 else ""
+            raise ValueError(
+                f"no gradient reaches {', '.join(passed_by[:3])}{more}: the model does not call "
+                "such a layer (a fused kernel may read its weight), and its components would take "
+                "a share of the budget for nothing. Leave it out of target_modules"
+            )
+
+    def _set_mask(self, mask: Tensor) -> None:
+        for layer, part in zip(self.layers.values(), mask.split(self.sizes), strict=True):
+            layer.component_mask.copy_(part)
+
+    @property
+    def mask(self) -> Tensor:
+        """Which components survive: bool (N,), by position."""
+        return torch.cat([layer.component_mask for layer in self.layers.values()])
+
+    def rank_pattern(self) -> dict[str, int]:
+        """Surviving components of each layer by name (PEFT's word for such a table)."""
+        ranks = [int(part.sum()) for part in self.mask.cpu().split(self.sizes)]
+        return dict(zip(self.layers, ranks, strict=True))
+
+    def _configuration(self) -> dict:
+        return {
+            "layers": dict(zip(self.layers, self.sizes, strict=True)),
+            "schedule": asdict(self.schedule),
+            "beta": self.beta,
+            "score": self.score_name,
+            "uniform": self.uniform,
+        }
+
+    def state_dict(self) -> dict:
+        """All that decides the next step: EMA, mask, step, generator; and what it belongs to."""
+        return {
+            "ema": self.ema.clone(),
+            "mask": self.mask,
+            "last_step": self.last_step,
+            "generator": self.generator.get_state(),
+            "configuration": self._configuration(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on exactly where state_dict() was taken; also restores the layers' masks.
+
+        Raises ValueError if the state belongs to other layers, or another schedule, beta or score.
+        """
+        for name, here in self._configuration().items():
+            there = state["configuration"].get(name, False)  # before it had a name: not uniform
+            if there != here:
+                raise ValueError(f"the saved state is of another {name}: {there}, here {here}")
+        self.ema = state["ema"].clone()
+        self.last_step = state["last_step"]
+        self.generator.set_state(state["generator"].cpu())
+        self._set_mask(state["mask"])
+        if self.watch:
+            self.watch.start()
+
+
+def check_settled(layers: dict[str, RankOneComponents]) -> None:
+    """Raise ValueError if a pruned component is not zero: it counts in the output, not in the rank."""
+    for name, layer in layers.items():
+        if layer.lora_c[~layer.component_mask].any():
+            raise ValueError(
+                f"{name}: a component that was pruned is not zero. Either pruning has not ended, "
+                "or the allocator was not called after an optimizer step since: call it after "
+                "every step, to the last"
+            )
+
+
+def warn_unfinished(config: DrLoraConfig, steps: int) -> None:
+    """Warn where an adapter of so many steps has not been pruned to its end."""
+    if config.total_step and config.init_r > config.target_r and steps < config.schedule().t_end:
+        warnings.warn(
+            f"this adapter is unfinished: pruning was to end at step {config.schedule().t_end}, "
+            f"and it has {steps}. It has more components than target_r says",
+            stacklevel=2,
+        )
+
+
+class AllocatorState(StaysFloat32):
+    """The memory of one adapter's RankAllocator, as buffers: saved and loaded with the adapter.
+
+    Buffers: ema (N,), the smoothed score of every component by position; last_step and settings,
+    whole numbers; and the generator of the score "random". The masks are in the components.
+
+    The watch of a score that needs one is here from the start, since the first forward pass may
+    come before the allocator is made. Nothing of it is saved: each step starts it anew.
+    """
+
+    ema: Tensor
+    last_step: Tensor
+    settings: Tensor
+    generator: Tensor
+
+    def __init__(self, layers: dict[str, RankOneComponents], config: DrLoraConfig, device):
+        super().__init__()
+        n = sum(layer.component_mask.numel() for layer in layers.values())
+        self.register_buffer("ema", torch.zeros(n, device=device))
+        for name in ("last_step", "settings"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
+        if config.score == "random":
+            start = torch.Generator().manual_seed(config.seed).get_state()
+            self.register_buffer("generator", start.to(device))
+        self.allocator: RankAllocator | None = None
+        self.watch: ZWatch | None = None
+        if "z_square" in needs(SCORES[config.score]) and not config.inference_mode:
+            self.watch = ZWatch(list(layers.values()))
+        self.found_total_step = False  # whether a trainer has filled it in
+        self.dem_counted = False  # whether a gradient has passed Eq. 10 since the last step
+        self.register_load_state_dict_post_hook(_forget)
+
+    def forget(self) -> None:
+        """Make the allocator anew, from the buffers, when it is next asked for."""
+        self.allocator = None
+        if self.watch:
+            self.watch.start()
+
+    def resume(self, layers: dict[str, RankOneComponents], config: DrLoraConfig) -> RankAllocator:
+        """An allocator that goes on where the buffers say; it is kept until forget().
+
+        Raises ValueError without total_step, or if the steps so far were under other settings.
+        """
+        allocator = RankAllocator(layers, config.schedule(), config.beta, config.score, config.seed, self.watch)
+        allocator.last_step = int(self.last_step)
+        if allocator.last_step:
+            settings = _checksum(allocator)
+            if settings != int(self.settings):
+                raise ValueError(
+                    f"the adapter's {allocator.last_step} steps so far were taken with another "
+                    f"schedule, beta or score than {allocator.schedule}, beta = {allocator.beta}, "
+                    f"score = {allocator.score_name!r}: go on with those in its adapter_config.json"
+                )
+            allocator.ema = self.ema.clone()
+            if hasattr(self, "generator"):
+                allocator.generator.set_state(self.generator.cpu())
+        self.allocator = allocator
+        return allocator
+
+    def count_dem(self, penalty: Tensor) -> Tensor:
+        """The penalty (Eq. 10), which will be known to have counted once a gradient passes it."""
+
+        def note(gradient: Tensor) -> None:
+            self.dem_counted = True
+
+        if penalty.requires_grad:
+            penalty.register_hook(note)
+        return penalty
+
+    def check_dem(self, allocator: RankAllocator, step: int) -> None:
+        """Raise ValueError for a step that was taken on gradients without those of DEM."""
+        counted, self.dem_counted = self.dem_counted, False
+        taken = any(layer.lora_c.grad is not None for layer in allocator.layers.values())
+        if taken and not counted and not allocator.schedule.pruning_ended(step):
+            raise ValueError(
+                f"dem_weight is set, but step {step} was taken without DEM: add dem_weight * model.dem_loss()"
+            )
+
+    @torch.no_grad()
+    def step(self, allocator: RankAllocator, global_step: int) -> None:
+        """RankAllocator.step, remembered. Raises ValueError after the last step, too."""
+        if global_step > allocator.schedule.total_steps:
+            raise ValueError(
+                f"step {global_step} of total_step = {allocator.schedule.total_steps}: the "
+                "budget was spread over fewer steps than there are; give the true number"
+            )
+        allocator.step(global_step)
+        self.last_step.fill_(global_step)
+        if global_step == 1:
+            self.settings.fill_(_checksum(allocator))
+        self.ema.copy_(allocator.ema)
+        if hasattr(self, "generator"):
+            self.generator.copy_(allocator.generator.get_state())
+
+
+def _forget(state: AllocatorState, _) -> None:
+    # What was loaded counts from now on, so the next step makes a new allocator from it.
+    state.forget()
+
+
+def _checksum(allocator: RankAllocator) -> int:
+    settings = asdict(allocator.schedule), allocator.beta, allocator.score_name
+    return zlib.crc32(json.dumps(settings).encode())
