@@ -6,6 +6,7 @@ from transformers.models.auto import modeling_auto
 
 from drlora_ref.inject import head_modules, in_head, new_modules
 from drlora_ref.tuner.config import DynamicRankConfig
+from drlora_ref.tuner.layer import in_4_bits
 
 # PEFT's name for a kind of task, and transformers' models that do it.
 TASK_TYPES = {
@@ -90,15 +91,6 @@ def check_task(model: nn.Module, task_type: str | None) -> None:
             f"task_type = {task_type!r} is for models that generate, and {type(model).__name__} "
             "does not: leave it out, or give the one of its head"
         )
-
-
-def in_4_bits(module: nn.Module) -> bool:
-    """Whether a linear layer is bitsandbytes' with 4 bits a weight, as QLoRA has them.
-
-    >>> in_4_bits(nn.Linear(2, 2))
-    False
-    """
-    return isinstance(module, nn.Linear) and type(module.weight).__name__ == "Params4bit"
 
 
 def check_quantised(model: nn.Module) -> None:

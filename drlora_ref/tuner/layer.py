@@ -15,7 +15,6 @@ from drlora_ref.importance import SCORES
 from drlora_ref.layer import RankOneComponents, like_base
 from drlora_ref.precision import StaysFloat32
 from drlora_ref.tuner.config import DynamicRankConfig
-from drlora_ref.tuner.fitting import in_4_bits
 from drlora_ref.watch import ZWatch
 
 SHARDED = (
@@ -58,6 +57,15 @@ def warn_unfinished(config: DynamicRankConfig, steps: int) -> None:
             f"and it has {steps}. It has more components than target_r says",
             stacklevel=2,
         )
+
+
+def in_4_bits(module: nn.Module) -> bool:
+    """Whether a linear layer is bitsandbytes' with 4 bits a weight, as QLoRA has them.
+
+    >>> in_4_bits(nn.Linear(2, 2))
+    False
+    """
+    return isinstance(module, nn.Linear) and type(module.weight).__name__ == "Params4bit"
 
 
 class DynamicRankLinear(nn.Module, BaseTunerLayer):
@@ -142,8 +150,8 @@ class DynamicRankLinear(nn.Module, BaseTunerLayer):
         """Add ΔW to the base weight, until unmerge(). safe_merge: ValueError where not finite."""
         if in_4_bits(self.base_layer):
             raise TypeError(
-                "nothing is merged into 4-bit weights, which would round it away: export_lora, and "
-                "merge that into the model in bfloat16 or float32"
+                "nothing is merged into 4-bit weights, which would round it away: save the "
+                "adapter, and merge it into the model in bfloat16 or float32"
             )
         weight = self.base_layer.weight
         for name in check_adapters_to_merge(self, adapter_names):

@@ -39,13 +39,13 @@ from drlora_ref.tuner.fitting import (
     check_name,
     check_quantised,
     check_task,
-    in_4_bits,
     whole_modules,
 )
 from drlora_ref.tuner.layer import (
     AllocatorState,
     DynamicRankLinear,
     check_settled,
+    in_4_bits,
     warn_unfinished,
 )
 
