@@ -147,6 +147,7 @@ VALUES: dict[str, dict[str, list]] = {
     | {
         "task": ["squad_v2"],
         "batch_size": [2, 4],
+        "lora_dropout": [0.1, 0.2],
         "max_length": [40, 64],
         "stride": [8, 16],
         "scoring": ["authors"],
@@ -157,6 +158,7 @@ VALUES: dict[str, dict[str, list]] = {
         "model_name": ["tiny-bart"],
         "method": ["lora", "bitfit"],
         "batch_size": [2, 8],
+        "lora_dropout": [0.1, 0.2],
         "max_length": [32, 48],
         "summary_length": [6, 10],
         "num_beams": [1, 2],

@@ -17,6 +17,8 @@ from drlora_ref.experiments.tasks.families import FAMILIES, Family
 HINT = "(YAML reads 1e-3 as a word, and 1.0e-3 as a number)"
 WRONG = {
     "learning_rate: 1e-3": f"learning_rate = '1e-3': expected a number, as DEFAULT {HINT}",
+    "learning_rate: 1.0e3": "learning_rate = '1.0e3': expected a number, as DEFAULT "
+    "(YAML reads 1.0e3 as a word, and 1.0e+3 as a number)",
     "learning_rate: true": "learning_rate = True: expected a number, as DEFAULT",
     "learning_rate: high": "learning_rate = 'high': expected a number, as DEFAULT",
     "max_steps: 1.5": "max_steps = 1.5: expected a whole number, as DEFAULT",
@@ -106,13 +108,37 @@ YAML = {
     "a: &a {b: *a}": "an alias within itself",
     "seed: " + "[" * 3000 + "]" * 3000: "brackets within brackets",
     "\n".join(" " * n + "a:" for n in range(2000)): "brackets within brackets",
-    "seed: " + "1" * 5000: "so many digits are no number",
+    "seed: " + "1" * 5000: "no number, or too many digits",
+    "x: {<<: {seed: 1, seed: 2}}": "line 1: 'seed' comes twice",
+    "x: {<<: [{a: 1}, {b: 1, c: 2,\n b: 3}]}": "line 2: 'b' comes twice",
+    "a: &a {b: 1}\nc: {<<: *a, <<: {d: 1}}": "line 2: '<<' comes twice",
+    "a: 1\nb: {{c: 1}: 2}": "unhashable key",
+    "? !!set x\n: 1\n? !!set x\n: 1": "expected a mapping node",
     "learning_rate: 1.0e" + "1" * 50 + ": 3": "is not YAML",
     "seed: !!python/object/apply:os.mkdir [sprung]": "could not determine a constructor",
     "seed: 1\n---\nseed: 2": "single document",
     "[1, 2]: 3": "unhashable key",
     "- 1": "must hold lines of `name: value`",
 }
+
+
+UNTRUE = {  # tags before what they cannot be
+    "int": ["a", "''", "_", "-", "0x_", "0b", "[1]", "{a: 1}"],
+    "float": ["a", "''", "-", "[1]", "{a: 1}"],
+    "bool": ["7", "''", "[1]", "maybe"],
+    "timestamp": ["x", "''", "2020-13-45", "0000-01-01", "[1]"],
+    "binary": ["\u00e9", "a", "[1]"],
+    "null": ["[1]"],
+    "set": ["[1]", "a"],
+    "omap": ["{a: 1}", "a", "[1]"],
+    "pairs": ["{a: 1}", "[1]"],
+    "map": ["[1]", "a"],
+    "seq": ["{a: 1}", "a"],
+    "str": ["[1]"],
+}
+YAML |= {f"seed: !!{tag} {value}": "" for tag, values in UNTRUE.items() for value in values}
+YAML["seed: 2020-02-31"] = "'2020-02-31' cannot be read as timestamp"
+YAML.pop("seed: !!null [1]")  # YAML lets it be nothing
 
 
 @pytest.mark.parametrize("text", YAML, ids=lambda text: text[:30])
@@ -240,3 +266,26 @@ def test_no_message_is_longer_than_a_screen(words, tmp_path, monkeypatch, capsys
     assert main(words) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and len(error) < 2000
+
+
+USAGE = [[], ["rnu", "out"], ["run"], ["run", "out", "-p", "seed"], ["run", "out", "-p", "--", "1"],
+         ["run", "out", "-p", "seed", "--"], ["run", "-x"], ["run", "out", "more"],
+         ["grid", "g.yaml", "--workers", "two"], ["grid", "g.yaml", "--cluster", "cloud"],
+         ["notebook", "n.ipynb"], ["gpu", "chekc"], ["run", "out", "-p", "x" * 10**6]]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", USAGE, ids=range(len(USAGE)))
+def test_a_command_that_is_none_is_one_line(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and len(error) < 2000
+    assert "--help says more" in error
+
+
+@pytest.mark.parametrize("value", ["-1e-3", "-1E400", "-.5", "-5", "-inf", "-NaN", "-1_0.0"])
+@pytest.mark.parametrize("name", ["learning_rate", "dem_weight"])
+def test_a_value_may_begin_with_a_minus(name, value, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "out", "-p", name, value]) == 1
+    assert capsys.readouterr().err.startswith(f"ValueError: {name} = ")

@@ -440,6 +440,13 @@ DAMAGED = {
     "a word for a length": (entry("model_max_length", "x", "tokenizer_config.json"), "a number"),
     "tokens without embedding": (entry("vocab_size", 40), "or of another shape"),
 }  # fmt: skip
+DAMAGED |= {  # config.json may hold what JSON does not have
+    f"{name} = {value}": (entry(name, value), f"config.json: {name} = {value} is no number")
+    for name in ("attention_probs_dropout_prob", "classifier_dropout", "layer_norm_eps")
+    for value in (torch.nan, torch.inf)
+}
+DAMAGED["no inputs"] = (entry("model_input_names", {}, "tokenizer_config.json"),
+                        "the tokenizer cannot be read")  # fmt: skip
 WRONG_KIND = {"hidden_size": "32", "num_hidden_layers": 2.5, "layer_norm_eps": "x",
               "pad_token_id": [], "max_position_embeddings": None,
               "hidden_dropout_prob": "much"}  # fmt: skip
@@ -458,6 +465,14 @@ def test_a_damaged_folder_is_one_line_before_any_training(damage, tmp_path, monk
     assert message in error and error.startswith("ValueError: ") and len(error) < 2000
     assert not (tmp_path / "out" / "record.json").exists()
     assert not (tmp_path / "out" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("value", [[], {}, False, None, "no"])
+def test_a_model_answers_by_name_whatever_its_configuration_says(value, tmp_path):
+    folder = shutil.copytree(resolve_model("tiny-roberta").path, tmp_path / "model")
+    entry("return_dict", value)(folder)
+    model, tokenizer = load_model(resolve_model(str(folder)), "cola")
+    assert model(**tokenizer("a", return_tensors="pt")).logits.shape == (1, 2)
 
 
 def test_a_tokenizer_with_more_words_than_the_model_is_refused(tmp_path):

@@ -13,8 +13,10 @@ On several devices: accelerate launch -m drlora_ref.experiments run ...
 
 import argparse
 import os
+import re
 import sys
 from dataclasses import fields
+from typing import Any, NoReturn
 
 from drlora_ref.experiments.given import check_kind, check_known, literal, read_yaml, screen
 from drlora_ref.experiments.grids import NotebookError
@@ -46,10 +48,23 @@ def main(arguments: list[str] | None = None) -> int:
         return _complain(type(error).__name__, error)
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse's, which complains in one line; a value may begin with a minus, as -1e-3 does."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = re.compile(r"-\.?\d|-(inf|nan)$", re.IGNORECASE)
+
+    def error(self, message: str) -> NoReturn:
+        if "expected 2 arguments" in message:
+            message += ", as in -p seed 1"
+        self.exit(2, f"{self.prog}: {screen(message)}; --help says more\n")
+
+
 def _parser() -> argparse.ArgumentParser:
     from drlora_ref.experiments.run.settings import describe
 
-    parser = argparse.ArgumentParser(prog="python -m drlora_ref.experiments")
+    parser = _Parser(prog="python -m drlora_ref.experiments")
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser(
         "run",

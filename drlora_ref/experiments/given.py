@@ -9,7 +9,7 @@ import difflib
 import json
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,8 @@ def check_kind(name: str, value: object, default: object) -> None:
     example = "" if default == "" else f", as {default!r}"
     hint = ""
     if kind is float and isinstance(value, str) and isinstance(literal(value), float):
-        hint = " (YAML reads 1e-3 as a word, and 1.0e-3 as a number)"
+        word, number = ("1.0e3", "1.0e+3") if "." in value else ("1e-3", "1.0e-3")
+        hint = f" (YAML reads {word} as a word, and {number} as a number)"
     if kind is str and given is bool:
         hint = " (YAML reads yes, no, on and off as true and false: put them in quotes)"
     raise ValueError(f"{name} = {shown(value)}: expected {expected}{example}{hint}")
@@ -206,23 +207,35 @@ class StrictLoader(yaml.SafeLoader):
         if id(node) not in counts:
             counts[id(node)] = MOST_VALUES + 1  # until it is known: no node may hold itself
             below = node.value if isinstance(node, yaml.CollectionNode) else []
-            pairs = isinstance(node, yaml.MappingNode)
-            nodes = [one for pair in below for one in pair] if pairs else below
-            counts[id(node)] = 1 + sum(self._count(one, counts) for one in nodes)
+            if isinstance(node, yaml.MappingNode):
+                self._check_names(node)
+                below = [one for pair in below for one in pair]
+            counts[id(node)] = 1 + sum(self._count(one, counts) for one in below)
         if counts[id(node)] > MOST_VALUES:
             raise Refused(f"more than {MOST_VALUES:,} values, or an alias within itself", node)
         return counts[id(node)]
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """As SafeLoader's; raises Refused for a name that comes twice."""
+    def _check_names(self, node: yaml.MappingNode) -> None:
+        """Raise Refused for a name that comes twice: in what is merged (<<), nobody else looks."""
         names = set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                name = self.construct_object(key)
-                if name in names:
+            if isinstance(key, yaml.ScalarNode):
+                merge = key.tag == "tag:yaml.org,2002:merge"
+                name = key.value if merge else self.construct_object(key)
+                if isinstance(name, Hashable) and name in names:
                     raise Refused(f"{shown(name)} comes twice", key)
-                names.add(name)
-        return super().construct_mapping(node, deep)
+                names |= {name} if isinstance(name, Hashable) else set()
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """As SafeLoader's; raises Refused for a tag, as !!int, before what is none."""
+        try:
+            return super().construct_object(node, deep)
+        except (yaml.YAMLError, RecursionError):
+            raise
+        except Exception:  # PyYAML's constructors fail in as many ways as there are tags
+            kind = node.tag.rpartition(":")[2]
+            given = shown(node.value) if isinstance(node, yaml.ScalarNode) else f"a {node.id}"
+            raise Refused(f"{given} cannot be read as {kind} (YAML's !!{kind})", node) from None
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
         """The number that it looks like; raises Refused for one in octal or base 60."""
@@ -237,7 +250,7 @@ class StrictLoader(yaml.SafeLoader):
         try:
             return (self.construct_yaml_float if is_float else self.construct_yaml_int)(node)
         except ValueError:
-            raise Refused(f"{shown(node.value)}: so many digits are no number", node) from None
+            raise Refused(f"{shown(node.value)}: no number, or too many digits", node) from None
 
 
 for _kind in ("int", "float"):

@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -143,6 +144,11 @@ def _check_files(name: str, folder: Path, source: str, expected: str = "") -> Mo
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise ValueError(f"{source}: config.json must hold names with values")
+    for name, value in config.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(
+                f"{source}: config.json: {name} = {value} is no number to compute with"
+            )
     if found == mpnet.SHA256 and mpnet.TRAINED not in source:
         source += f" (all-mpnet-base-v2, {mpnet.TRAINED})"
     config.pop("transformers_version", None)  # says who wrote the file, and decides nothing
@@ -225,6 +231,7 @@ def load_pretrained(
                 dtype=torch.float32,
                 ignore_mismatched_sizes=True,  # they are in the report
                 output_loading_info=True,
+                return_dict=True,
                 **settings,
             )
     missing = {key for key in report["missing_keys"] if not in_head(key)}
@@ -255,8 +262,10 @@ def check_together(
     highest, rows = max(tokenizer.get_vocab().values()), embeddings.num_embeddings
     if highest >= rows:
         raise ValueError(f"{source.source}: token {highest} has no embedding, there are {rows}")
+    with _in_one_line(source, "the tokenizer"):
+        tokens = tokenizer.pad(tokenizer(["a"]), return_tensors="pt")  # as a batch is made
     with torch.no_grad(), _in_one_line(source, "config.json"):
-        model.base_model(**tokenizer("a", return_tensors="pt"))
+        model.base_model(**tokens)
 
 
 @contextmanager
