@@ -477,9 +477,7 @@ def test_4_bits_train_and_are_exported_and_nothing_is_merged_into_them(monkeypat
     assert losses[-1] < losses[0]
     layer = find_adapted(model)[0]
     assert (layer.in_features, layer.out_features) == (16, 16)
-    with pytest.raises(
-        TypeError, match=r"nothing is merged into 4-bit.*: save the adapter"
-    ):
+    with pytest.raises(TypeError, match=r"nothing is merged into 4-bit.*: save the adapter"):
         model.merge_and_unload()
     ranks = export_lora(model.eval(), tmp_path)
     assert sum(ranks.values()) == 2 * len(ranks) == 8
