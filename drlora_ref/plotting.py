@@ -197,7 +197,7 @@ def plot_ranks(events: Events, axes: plt.Axes | None = None) -> plt.Axes:
 
     Ranks are whole numbers, so lines of one kind are shifted by a hair to stay apart.
     """
-    axes = _axes(axes, figsize=(7, 3.2))
+    axes = _axes(axes, figsize=(5.6, 2.8))
     ranks = torch.stack(events.masks).view(len(events.steps), len(events.names), -1).sum(dim=-1)
     places, rows, _ = _grid(events.names)
     for i, (row, colour) in enumerate(zip(rows, DISTINCT * len(rows), strict=False)):
