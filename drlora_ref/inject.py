@@ -14,11 +14,14 @@ class BaseModel(NamedTuple):
     """What the package knows of one kind of transformer; a new kind is a new entry in BASE_MODELS.
 
     matrices: what is adapted in each layer, {end of the module's dotted name: the label of the
-    paper's Figure 2}. cross_attention: the same for a decoder's, adapted only if asked for.
+    paper's Figure 2; Wg for the gate of a feed-forward part that has one, which the paper's models
+    have not}. cross_attention: the same for a decoder's, adapted only if asked for. causal: each
+    token sees those before it only (a decoder without an encoder).
     """
 
     matrices: dict[str, str]
     cross_attention: dict[str, str] = {}  # noqa: RUF012 (never changed)
+    causal: bool = False
 
 
 _BERT = {
@@ -34,6 +37,12 @@ _MPNET = {f"attn.{p}": f"W{p}" for p in "qkvo"} | {
     "output.dense": "Wf2",
 }
 _PROJECTIONS = {"q_proj": "Wq", "k_proj": "Wk", "v_proj": "Wv", "out_proj": "Wo"}
+# Several query heads may share one of key and value (grouped queries): Wk, Wv are then smaller.
+_LLAMA = {f"self_attn.{p}_proj": f"W{p}" for p in "qkvo"} | {
+    "mlp.gate_proj": "Wg",
+    "mlp.up_proj": "Wf1",
+    "mlp.down_proj": "Wf2",
+}
 BASE_MODELS = {
     "roberta": BaseModel(_BERT),
     "bert": BaseModel(_BERT),
@@ -42,6 +51,9 @@ BASE_MODELS = {
         {f"self_attn.{p}": label for p, label in _PROJECTIONS.items()}
         | {"fc1": "Wf1", "fc2": "Wf2"},
         {f"encoder_attn.{p}": f"{label} cross" for p, label in _PROJECTIONS.items()},
+    ),
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"), BaseModel(_LLAMA, causal=True)
     ),
 }
 
@@ -117,7 +129,7 @@ def in_head(name: str, heads: Iterable[str] | None = None) -> bool:
 
 
 def default_target_modules(model: nn.Module, cross_attention: bool = False) -> list[str]:
-    """The six matrices of each layer, for RoBERTa, BERT, MPNet and BART.
+    """The matrices of each layer: six for RoBERTa, BERT, MPNet and BART, seven for Llama's kin.
 
     Choice: BART without the decoder's cross-attention, since Table 4's 0.33M and 1.33M are exactly
     the count without it (weak evidence: the whole column equals Table 2's, which is RoBERTa's);

@@ -23,8 +23,8 @@ if TYPE_CHECKING:  # the tuner draws a rank map, and needs no pandas for it
 DISTINCT = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6D31", "#4D4D4D"]
 GONE = "#d9d9d9"  # a component that is pruned
 
-# The rows of the paper's Figure 2, and a decoder's cross-attention below them.
-LABELS = ["Wq", "Wk", "Wv", "Wo", "Wf1", "Wf2"]
+# The rows of the paper's Figure 2, and a gate's (Llama); a decoder's cross-attention is below them.
+LABELS = ["Wq", "Wk", "Wv", "Wo", "Wg", "Wf1", "Wf2"]
 
 
 def use_style() -> None:

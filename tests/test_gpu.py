@@ -561,7 +561,8 @@ def test_without_its_packages_mpnet_base_names_the_extra():
 
 @pytest.mark.parametrize(
     "name", ["roberta-base", "bert-base-uncased", "microsoft/mpnet-base", "facebook/bart-base",
-             "sentence-transformers/all-mpnet-base-v2"],
+             "sentence-transformers/all-mpnet-base-v2", "HuggingFaceTB/SmolLM2-135M-Instruct",
+             "meta-llama/Llama-3.2-1B", "TinyLlama/TinyLlama_v1.1", "Qwen/Qwen2-0.5B"],
 )  # fmt: skip
 def test_names_on_the_hub_are_not_taken_for_misspelt(name, monkeypatch):
     def asked(what, *given, **more):

@@ -2,20 +2,29 @@
 
 import pytest
 import torch
-from conftest import TINY, randomised
+from conftest import TINY, TINY_LLAMA, randomised
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
+    Gemma2Config,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
     MPNetConfig,
+    Qwen2Config,
+    Qwen3Config,
     RobertaConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 from drlora_ref import (
+    BudgetSchedule,
+    RankAllocator,
     count_parameters,
     default_target_modules,
     dynamic_layers,
@@ -23,6 +32,7 @@ from drlora_ref import (
     mark_only_adapters_trainable,
     merge_adapters,
 )
+from drlora_ref.inject import matrix_label
 
 BART = dict(
     vocab_size=50,
@@ -46,6 +56,58 @@ def test_all_six_matrices_of_every_layer_are_adapted_and_the_head_never(config):
     assert all(".layer." in name for name in names)
     linear = [n for n, m in model.named_modules() if type(m) is nn.Linear and "base_layer" not in n]
     assert linear and all("classifier" in n or "pooler" in n for n in linear)
+
+
+DECODERS = [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, GemmaConfig, Gemma2Config]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("config", DECODERS)
+def test_all_seven_matrices_of_a_decoder_are_adapted_and_pruned_whatever_their_shapes(config, tied):
+    """Two query heads share one of key and value: Wk and Wv are half as tall as Wq."""
+    sizes = dict(head_dim=4) if "head_dim" in vars(config()) else {}
+    model = AutoModelForCausalLM.from_config(
+        config(**TINY_LLAMA, **sizes, tie_word_embeddings=tied)
+    )
+    mark_only_adapters_trainable(inject_adapters(model, r=3))
+    layers = dynamic_layers(model)
+    labels = [matrix_label(name) for name in layers]
+    assert labels == 2 * ["Wq", "Wk", "Wv", "Wo", "Wg", "Wf1", "Wf2"]
+    heights = dict(zip(labels, (len(layer.lora_B) for layer in layers.values()), strict=False))
+    assert heights["Wk"] == heights["Wv"] == heights["Wq"] // 2
+    assert {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad} == {
+        "lora_A", "lora_B", "lora_c"
+    }  # fmt: skip
+    ids = torch.randint(3, 50, (2, 6))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    allocator = RankAllocator(model, BudgetSchedule(3, 2, 4, tinit=0, tfinal=1, deltaT=1))
+    for step in range(1, 5):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        allocator.step(step)
+        optimizer.zero_grad()
+    assert sum(allocator.rank_pattern().values()) == 2 * 14
+    before = model.eval()(ids).logits
+    torch.testing.assert_close(merge_adapters(model)(ids).logits, before, atol=1e-5, rtol=1e-4)
+
+
+TIED = [
+    (["lm_head"], ValueError, "lm_head has its weight in common with model.embed_tokens.weight"),
+    (["q_proj", "lm_head"], ValueError, "lm_head has its weight in common with"),
+    (["embed_tokens"], TypeError, r"model.embed_tokens is \w*Embedding; only nn.Linear"),
+]
+
+
+@pytest.mark.parametrize("config", DECODERS[::2])
+@pytest.mark.parametrize("targets, error, message", TIED)
+def test_tied_embeddings_of_a_decoder_are_no_target(targets, error, message, config):
+    model = AutoModelForCausalLM.from_config(config(**TINY_LLAMA, tie_word_embeddings=True))
+    with pytest.raises(error, match=message):
+        inject_adapters(model, targets, r=2)
+    assert not dynamic_layers(model)
+    if "lm_head" in targets:
+        untied = AutoModelForCausalLM.from_config(config(**TINY_LLAMA, tie_word_embeddings=False))
+        assert "lm_head" in dynamic_layers(inject_adapters(untied, targets, r=2))
 
 
 @pytest.mark.parametrize("cross_attention, per_decoder_layer", [(False, 6), (True, 10)])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import TINY
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     BartConfig,
@@ -30,11 +31,15 @@ from drlora_ref.train import train
 MODELS = {
     "roberta": ("tiny-roberta", AutoModelForSequenceClassification),
     "bart": ("tiny-bart", AutoModelForSeq2SeqLM),
+    "llama": ("tiny-llama", AutoModelForCausalLM),
 }
 SCHEDULE = BudgetSchedule(3, 2, 30, tinit=4, tfinal=10, deltaT=4)
 WITH_RANKS = ("drlora", "lora", "adalora", "dora-wd", "prune-once")
 every_method = pytest.mark.parametrize("method", METHODS)
-both_models = pytest.mark.parametrize("kind", MODELS)
+# A Llama has no bias.
+each_pair = pytest.mark.parametrize(
+    "kind, method", [(k, m) for k in MODELS for m in METHODS if (k, m) != ("llama", "bitfit")]
+)
 
 
 def fresh(kind: str = "roberta"):
@@ -45,8 +50,8 @@ def fresh(kind: str = "roberta"):
 
 def batch(kind: str = "roberta", seed: int = 0) -> dict:
     tokens = torch.randint(4, 90, (6, 9), generator=torch.Generator().manual_seed(seed))
-    labels = tokens[:, 1:5].clone() if kind == "bart" else tokens[:, 1] % 2
-    return {"input_ids": tokens, "labels": labels}
+    labels = {"bart": tokens[:, 1:5].clone(), "llama": tokens.clone()}
+    return {"input_ids": tokens, "labels": labels.get(kind, tokens[:, 1] % 2)}
 
 
 def base_name(name: str) -> str:
@@ -72,17 +77,17 @@ def adam(prepared: Prepared) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in prepared.model.parameters() if p.requires_grad], lr=1e-2)
 
 
-@both_models
-@every_method
+@each_pair
 def test_each_method_trains_the_head_and_exactly_its_own_parameters(method, kind):
     model = fresh(kind)
     given = {name for name, _ in model.named_parameters()}
     adapted = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)
                and any(name.endswith("." + t) for t in BASE_MODELS[kind].matrices)]  # fmt: skip
-    assert len(adapted) == {"roberta": 2, "bart": 4}[kind] * 6
+    assert len(adapted) == {"roberta": 2 * 6, "bart": 4 * 6, "llama": 2 * 7}[kind]
+    last = ("output.dense", "out_proj", "fc2", "o_proj", "down_proj")  # of a sub-layer
     in_sub_layers = {
-        "h-adapter": [n for n in adapted if n.endswith(("output.dense", "out_proj", "fc2"))],
-        "p-adapter": [n for n in adapted if n.endswith("fc2") or
+        "h-adapter": [n for n in adapted if n.endswith(last)],
+        "p-adapter": [n for n in adapted if n.endswith(("fc2", "down_proj")) or
                       (n.endswith("output.dense") and "attention" not in n)],
     }  # fmt: skip
     extra = {
@@ -108,8 +113,7 @@ def test_each_method_trains_the_head_and_exactly_its_own_parameters(method, kind
     assert trained == expected
 
 
-@both_models
-@every_method
+@each_pair
 def test_a_prepared_model_starts_as_the_model_was_and_one_step_changes_it(method, kind):
     model, inputs = fresh(kind).eval(), batch(kind)
     before = model(**inputs).logits.detach()

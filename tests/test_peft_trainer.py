@@ -498,16 +498,32 @@ def test_a_model_without_the_adapter_is_refused_when_the_trainer_is_made(tmp_pat
         trainer(tmp_path, base_model())
 
 
-def test_sharded_parameters_are_refused(tmp_path):
+SHARDING = {
+    "FSDP": {"fsdp": "full_shard auto_wrap"},
+    "FSDP2": {"fsdp": "full_shard", "fsdp_config": {"fsdp_version": 2}},
+    "ZeRO-2": {"deepspeed": {"zero_optimization": {"stage": 2}}},
+    "ZeRO-3": {"deepspeed": {"zero_optimization": {"stage": 3}}},
+    "ZeRO-3 in a file": {"deepspeed": "zero3.json"},
+}
+
+
+@pytest.mark.parametrize("kind", SHARDING)
+def test_sharded_parameters_are_refused_and_the_reason_is_said(kind, tmp_path):
     run = trainer(tmp_path)
-    run.args.fsdp = "full_shard"
-    with pytest.raises(ValueError, match="FSDP and DeepSpeed shard the components"):
+    for name, value in SHARDING[kind].items():
+        setattr(run.args, name, value)
+    message = "FSDP and DeepSpeed shard the components, .* norms of whole vectors .* use DDP"
+    with pytest.raises(ValueError, match=message):
         DynamicRankCallback().on_train_begin(run.args, run.state, run.control, model=run.model)
+
+
+@pytest.mark.parametrize("flag", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_a_trainer_that_a_launcher_has_made_shard_is_refused(flag, tmp_path):
 
     class Sharded(Trainer):  # as `accelerate launch` makes it, by the environment
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            self.is_fsdp_enabled = True
+            setattr(self, flag, True)
 
     class Mixed(DynamicRankMixin, Sharded):
         pass

@@ -8,6 +8,7 @@ import re
 import runpy
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -18,6 +19,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from trainer_script import adapted, base_model, token_ids
 
 from drlora_ref import (
@@ -32,6 +35,7 @@ from drlora_ref import (
     mark_only_adapters_trainable,
     merge_adapters,
 )
+from drlora_ref.tuner.export import export_lora
 from drlora_ref.tuner.model import DynamicRankConfig, DynamicRankModel, find_tuner
 
 pytestmark = [
@@ -423,6 +427,100 @@ def test_quantised_weights_are_refused():
     marked.is_quantized = True  # as transformers marks what it has loaded in 4 or 8 bits
     with pytest.raises(TypeError, match="quantised models cannot be adapted"):
         adapted(marked)
+
+
+class Params4bit(nn.Parameter):
+    """What bitsandbytes calls its weights: two numbers in a byte."""
+
+
+class Linear4bit(nn.Linear):
+    """As bitsandbytes' layer is, to those who look at it from outside."""
+
+    def __init__(self, whole: nn.Linear):
+        super().__init__(whole.in_features, whole.out_features)
+        packed = torch.zeros(whole.weight.numel() // 2, 1, dtype=torch.uint8)
+        self.bias = whole.bias
+        self.weight = Params4bit(packed, requires_grad=False)
+        self.whole = [whole.weight.detach()]
+
+    def forward(self, x):
+        return nn.functional.linear(x, *self.whole, self.bias)
+
+
+def base_in_4_bits():
+    base = base_model()
+    for name in ("query", "value"):
+        for layer in base.roberta.encoder.layer:
+            self_attention = layer.attention.self
+            setattr(self_attention, name, Linear4bit(getattr(self_attention, name)))
+    base.is_quantized = True
+    return base
+
+
+@pytest.mark.parametrize("targets", [["query"], ["query", "value"], ["key"], None])
+def test_4_bits_without_a_gpu_are_refused_before_anything_is_changed(targets):
+    base = base_in_4_bits()
+    with pytest.raises(TypeError, match="4-bit weights are adapted on a GPU only, and these"):
+        adapted(base, target_modules=targets)
+    assert not find_adapted(base)
+
+
+def find_adapted(model):
+    return [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+
+
+def test_4_bits_train_and_are_exported_and_nothing_is_merged_into_them(monkeypatch, tmp_path):
+    """Where a GPU is; here it is said to be one."""
+    monkeypatch.setattr("drlora_ref.tuner.model.check_quantised", lambda model: None)
+    model = adapted(base_in_4_bits(), target_modules=["query", "value"], total_step=STEPS)
+    losses = train(model)
+    assert losses[-1] < losses[0]
+    layer = find_adapted(model)[0]
+    assert (layer.in_features, layer.out_features) == (16, 16)
+    with pytest.raises(TypeError, match=r"nothing is merged into 4-bit.*: save the adapter"):
+        model.merge_and_unload()
+    ranks = export_lora(model.eval(), tmp_path)
+    assert sum(ranks.values()) == 2 * len(ranks) == 8
+    stock = PeftModel.from_pretrained(base_model(), tmp_path).eval()
+    torch.testing.assert_close(stock(**batch()).logits, model(**batch()).logits)
+
+
+GGUF = SimpleNamespace(quant_method="gguf", to_dict=dict)
+
+
+def test_a_gguf_file_that_was_unpacked_is_not_quantised_any_more():
+    base = base_model()
+    base.is_quantized = True
+    base.config.quantization_config = GGUF
+    assert find_adapted(adapted(base))
+    packed = base_in_4_bits()
+    packed.roberta.encoder.layer[0].attention.self.query = nn.Linear(16, 16)
+    packed.config.quantization_config = GGUF
+    with pytest.raises(TypeError, match="4-bit weights are adapted on a GPU only"):
+        adapted(packed)
+
+
+def test_components_that_fsdp2_has_cut_are_refused():
+    """In a loop of one's own, where no Trainer looks."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = adapted(total_step=STEPS)
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match="query is sharded: FSDP and DeepSpeed shard the comp"):
+            model.update_and_allocate(1)
+        with pytest.raises(ValueError, match="query is sharded"):
+            model.dem_loss()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_components_that_zero_3_has_cut_are_refused():
+    model = adapted(total_step=STEPS)
+    last = list(model.base_model.layers().values())[-1]
+    last.lora_A.ds_id = 3  # as DeepSpeed marks it
+    with pytest.raises(ValueError, match="is sharded: FSDP and DeepSpeed shard the components"):
+        model.update_and_allocate(1)
 
 
 def test_a_checkpoint_of_other_ranks_is_refused(trained, tmp_path):

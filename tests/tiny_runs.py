@@ -20,7 +20,7 @@ TINY = Settings(
     learning_rate=1e-2,
 )
 # What a run that went on after it was killed may have otherwise than one that never stopped.
-COSTS = ("seconds", "evaluation_seconds", "peak_memory_mib")
+COSTS = ("seconds", "evaluation_seconds", "peak_memory_mib", "tokens_per_second")
 
 
 def tiny(folder: str | Path, **given) -> Settings:

@@ -27,7 +27,7 @@ FILES = {
     "precision": ["precision"],
     "scores": ["importance", "allocator.check_scoring"],
     "config": ["schedule", "tuner.config"],
-    "layer": ["layer", "tuner.layer.DynamicRankLinear"],
+    "layer": ["layer", "tuner.layer.in_4_bits", "tuner.layer.DynamicRankLinear"],
     "allocator": ["regularizer", "watch", "allocator", "tuner.layer"],
     "model": ["inject", "tuner.fitting", "tuner.model"],
 }

@@ -31,12 +31,12 @@ class DynamicRankConfig(PeftConfig):
     total_step is T, the number of optimizer steps of the whole training: DynamicRankCallback fills
     it in, a loop of your own must. tinit and tfinal are steps too; by default 15 % and 50 % of T,
     as in the paper. target_modules: names or ends of names, a regular expression, or "all-linear";
-    by default the six matrices of every layer for RoBERTa, BERT, MPNet and BART, else what PEFT
-    takes for LoRA. modules_to_save are trained whole; the head (inject.head_modules) is among them
-    by itself where task_type is SEQ_CLS, TOKEN_CLS or QUESTION_ANS, in a multiple-choice model, and
-    wherever from_pretrained had no weights for a module. dem_weight is the η of Eq. 10 as printed
-    (the authors' code halves the term). score is a name in drlora_ref.SCORES, seed is that of the
-    score "random".
+    by default the six matrices of every layer for RoBERTa, BERT, MPNet and BART, and the seven of
+    Llama's kin (inject.BASE_MODELS), else what PEFT takes for LoRA. modules_to_save are trained
+    whole; the head (inject.head_modules) is among them by itself where task_type is SEQ_CLS,
+    TOKEN_CLS or QUESTION_ANS, in a multiple-choice model, and wherever from_pretrained had no
+    weights for a module. dem_weight is the η of Eq. 10 as printed (the authors' code halves the
+    term). score is a name in drlora_ref.SCORES, seed is that of the score "random".
 
     Raises ValueError for a value out of range, naming what would be right.
 

@@ -6,6 +6,7 @@ from transformers.models.auto import modeling_auto
 
 from drlora_ref.inject import head_modules, in_head, new_modules
 from drlora_ref.tuner.config import DynamicRankConfig
+from drlora_ref.tuner.layer import in_4_bits
 
 # PEFT's name for a kind of task, and transformers' models that do it.
 TASK_TYPES = {
@@ -89,6 +90,29 @@ def check_task(model: nn.Module, task_type: str | None) -> None:
         raise ValueError(
             f"task_type = {task_type!r} is for models that generate, and {type(model).__name__} "
             "does not: leave it out, or give the one of its head"
+        )
+
+
+def check_quantised(model: nn.Module) -> None:
+    """Raise TypeError for a model with quantised weights, unless they are 4-bit ones on a GPU.
+
+    A GGUF file that was loaded unpacked is not quantised any more, whatever the model is marked as.
+    """
+    if not getattr(model, "is_quantized", False):
+        return
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    layers = [module for module in linear if in_4_bits(module)]
+    if places := {layer.weight.device.type for layer in layers} - {"cuda"}:
+        raise TypeError(
+            f"4-bit weights are adapted on a GPU only, and these are on {', '.join(places)}: load "
+            "the model in float32 or bfloat16"
+        )
+    method = getattr(getattr(model.config, "quantization_config", None), "quant_method", "")
+    unpacked = method == "gguf" and all(p.is_floating_point() for p in model.parameters())
+    if not layers and not unpacked:
+        raise TypeError(
+            "quantised models cannot be adapted, but for 4 bits by bitsandbytes on a GPU: load it "
+            "in float32 or bfloat16"
         )
 
 

@@ -4,7 +4,7 @@ import json
 import warnings
 import zlib
 from dataclasses import asdict
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -16,6 +16,23 @@ from drlora_ref.layer import RankOneComponents, like_base
 from drlora_ref.precision import StaysFloat32
 from drlora_ref.tuner.config import DynamicRankConfig
 from drlora_ref.watch import ZWatch
+
+SHARDED = (
+    "FSDP and DeepSpeed shard the components, DDP does not: a score takes the norms of whole "
+    "vectors (Eq. 7), one selection goes over those of all layers, and a shard holds a part of "
+    "each: use DDP"
+)
+
+
+def check_whole(layers: dict[str, RankOneComponents]) -> None:
+    """Raise ValueError if FSDP2 or ZeRO-3 has cut the components into shards, as a loop may do.
+
+    >>> check_whole({"query": RankOneComponents(4, 4, r=2)})
+    """
+    for name, layer in layers.items():
+        # What a DTensor has, and what DeepSpeed gives a parameter that it has cut.
+        if hasattr(layer.lora_A, "device_mesh") or hasattr(layer.lora_A, "ds_id"):
+            raise ValueError(f"{name} is sharded: {SHARDED}")
 
 
 def check_settled(layers: dict[str, RankOneComponents]) -> None:
@@ -42,12 +59,23 @@ def warn_unfinished(config: DynamicRankConfig, steps: int) -> None:
         )
 
 
+def in_4_bits(module: nn.Module) -> bool:
+    """Whether a linear layer is bitsandbytes' with 4 bits a weight, as QLoRA has them.
+
+    >>> in_4_bits(nn.Linear(2, 2))
+    False
+    """
+    return isinstance(module, nn.Linear) and type(module.weight).__name__ == "Params4bit"
+
+
 class DynamicRankLinear(nn.Module, BaseTunerLayer):
     """A linear layer and, for each adapter by name, its RankOneComponents.
 
     PEFT's counterpart of DynamicLoRALinear: that one has a single set of components, this one as
     many as adapters were added, of which the active ones count. Shapes: (..., d_in) -> (..., d_out)
     As that one, it is a linear layer to code that reads `weight`: W in evaluation, W0 in training.
+    The frozen weight may be kept in 4 bits (bitsandbytes): then nothing is merged into it, since
+    rounding to 4 bits would lose most of an update. Merging raises TypeError.
     """
 
     adapter_layer_names = ("dynamic_rank_components",)
@@ -55,7 +83,7 @@ class DynamicRankLinear(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Linear, adapter_name: str, config: DynamicRankConfig):
         super().__init__()
         self.base_layer = base_layer
-        self.out_features, self.in_features = base_layer.weight.shape
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.dynamic_rank_components = nn.ModuleDict()
         self._disable_adapters, self.merged_adapters = False, []
         self._active_adapter = adapter_name
@@ -92,10 +120,18 @@ class DynamicRankLinear(nn.Module, BaseTunerLayer):
     @property
     def weight(self) -> Tensor:
         """The base weight in training, with what is added to it in evaluation: (d_out, d_in)."""
-        W = self.base_layer.weight
+        W = self._base_weight()
         for components in [] if self.training else self._added():
             W = W + components.update().to(W.dtype)
         return W
+
+    def _base_weight(self) -> Tensor:
+        weight = self.base_layer.weight
+        if not in_4_bits(self.base_layer):
+            return weight
+        from bitsandbytes.functional import dequantize_4bit  # it is there: it made the weight
+
+        return dequantize_4bit(weight.data, cast(Any, weight).quant_state)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """True: PEFT's convert_to_lora takes ΔW apart anew. export_lora needs no such detour."""
@@ -112,6 +148,11 @@ class DynamicRankLinear(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add ΔW to the base weight, until unmerge(). safe_merge: ValueError where not finite."""
+        if in_4_bits(self.base_layer):
+            raise TypeError(
+                "nothing is merged into 4-bit weights, which would round it away: save the "
+                "adapter, and merge it into the model in bfloat16 or float32"
+            )
         weight = self.base_layer.weight
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.dynamic_rank_components:
@@ -172,8 +213,10 @@ class AllocatorState(StaysFloat32):
     ) -> RankAllocator:
         """An allocator that goes on where the buffers say; it is kept until forget().
 
-        Raises ValueError without total_step, or if the steps so far were under other settings.
+        Raises ValueError without total_step, if the steps so far were under other settings, and as
+        check_whole.
         """
+        check_whole(layers)
         allocator = RankAllocator(
             layers, config.schedule(), config.beta, config.score, config.seed, self.watch
         )

@@ -34,11 +34,18 @@ from drlora_ref.precision import train_in_float32
 from drlora_ref.regularizer import check_dem, dem_loss
 from drlora_ref.schedule import BudgetSchedule
 from drlora_ref.tuner.config import DYNAMIC_RANK, DynamicRankConfig
-from drlora_ref.tuner.fitting import Before, check_name, check_task, whole_modules
+from drlora_ref.tuner.fitting import (
+    Before,
+    check_name,
+    check_quantised,
+    check_task,
+    whole_modules,
+)
 from drlora_ref.tuner.layer import (
     AllocatorState,
     DynamicRankLinear,
     check_settled,
+    in_4_bits,
     warn_unfinished,
 )
 
@@ -59,8 +66,9 @@ class DynamicRankModel(BaseTuner):
     the one active adapter, as do `schedule()` and `rank_pattern()`. Each raises ValueError if
     several are active.
 
-    Raises ValueError for a model that has adapters already, and as check_task, whole_modules,
-    check_name, check_target and check_dem do. A model that is refused is as it was before.
+    Raises ValueError for a model that has adapters already, and as check_quantised, check_task,
+    whole_modules, check_name, check_target and check_dem do. A model that is refused is as it was
+    before.
 
     Read with care: merging goes by the mask and so do the ranks, the forward pass goes by c; the
     two agree once pruning has ended. Merging before that raises ValueError.
@@ -86,8 +94,7 @@ class DynamicRankModel(BaseTuner):
                 f"the model has adapters already, in {adapted[0]} and elsewhere: take a fresh one, "
                 "or merge them first. A second adapter of this kind: PeftModel.add_adapter"
             )
-        if getattr(model, "is_quantized", False):
-            raise TypeError("quantised models cannot be adapted: load it in float32 or bfloat16")
+        check_quantised(model)
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
@@ -136,7 +143,8 @@ class DynamicRankModel(BaseTuner):
     ) -> None:
         if isinstance(target, DynamicRankLinear):
             return target.add(adapter_name, peft_config)
-        check_target(current_key, target, self.model)
+        if not in_4_bits(target):
+            check_target(current_key, target, self.model)
         adapted = DynamicRankLinear(target, adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             adapted.requires_grad_(False)

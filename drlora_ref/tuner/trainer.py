@@ -12,11 +12,11 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from drlora_ref.tuner.checkpoints import last_whole
+from drlora_ref.tuner.layer import SHARDED
 from drlora_ref.tuner.model import find_tuner
 
 # Losses of transformers that are a sum over tokens, divided by the number they are given.
 DIVIDED = {"ForCausalLM", "ForMaskedLM", "ForConditionalGeneration"}
-SHARDED = "FSDP and DeepSpeed shard the components, DDP does not: use DDP"
 
 
 class DynamicRankCallback(TrainerCallback):

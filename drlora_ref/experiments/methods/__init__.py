@@ -222,10 +222,16 @@ def p_adapter(model: nn.Module, schedule: BudgetSchedule, *, bottleneck: int = 8
 
 
 def bitfit(model: nn.Module, schedule: BudgetSchedule) -> Prepared:
-    """BitFit (2106.10199): every bias of the encoder, layer norms included."""
-    for name, parameter in mark_only_adapters_trainable(model).named_parameters():
-        if name.endswith("bias"):
-            parameter.requires_grad_(True)
+    """BitFit (2106.10199): every bias of the encoder, layer norms included.
+
+    Raises ValueError for a model without one (Llama).
+    """
+    mark_only_adapters_trainable(model)
+    biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
+    if not biases:
+        raise ValueError(f"bitfit trains biases, and {type(model).__name__} has none")
+    for bias in biases:
+        bias.requires_grad_(True)
     return Prepared(model)
 
 

@@ -53,6 +53,7 @@ class Replicas:
         self.inputs, self.schedule, self.shared = inputs, schedules[0], settings[0]
         self.accelerator, self.device = accelerator, accelerator.device
         self.captured: CapturedStep | None = None
+        self.tokens = 0
         recorder = find_recorder(self.device, 1) if self.shared.capture else (None, "")
         self.model = model.to(self.device).train()
         self.layers = replicated_layers(model)
@@ -123,6 +124,7 @@ class Replicas:
     def optimizer_step(self, step: int, group: list[Numbers]) -> Tensor:
         """Lines 3-6 of Algorithm 1; (R, 2). Captured, lines 7 and 8 as well."""
         batches = [self.rows[numbers] for numbers in group]
+        self.tokens += sum(map(self.rows.count_tokens, group))
         ended = self.schedule.pruning_ended(step)
         if ended:
             self.weights.zero_()
@@ -211,6 +213,7 @@ class Replicas:
             "optimizer": self.optimizer.state_dict(),
             "rates": self.rates.state_dict(),
             "allocator": self.allocator.state(),
+            "tokens": self.tokens,
         }
 
     @torch.no_grad()
@@ -222,3 +225,4 @@ class Replicas:
         load(self.optimizer, state["optimizer"])
         self.rates.load_state_dict(state["rates"])
         self.allocator.load_state(state["allocator"])
+        self.tokens = state["tokens"]

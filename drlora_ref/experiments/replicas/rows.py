@@ -22,7 +22,8 @@ class PaddedRows:
         starts = dict(zip(distinct, ends, strict=False))  # a set starts where the one before ends
         self.starts = [starts[id(one)] for one in sets]
         rows = concatenate_datasets(list(distinct.values()))
-        self.lengths = torch.tensor([len(ids) for ids in rows["input_ids"][:]])
+        self.tokens = [len(ids) for ids in rows["input_ids"][:]]
+        self.lengths = torch.tensor(self.tokens)
         longest = rows[int(self.lengths.argmax())]
         parts = []
         for start in range(0, len(rows), at_a_time):
@@ -37,10 +38,17 @@ class PaddedRows:
                 self.columns[name] = column.int()
 
     def __getitem__(self, numbers: tuple[list[int], ...]) -> Batch:
-        own = zip(self.starts, numbers, strict=True)
-        chosen = torch.tensor([start + number for start, some in own for number in some])
+        chosen = torch.tensor(self._places(numbers))
         width = int(self.lengths[chosen].max())
         return {
             name: column[chosen, :width].long() if column.dim() == 2 else column[chosen]
             for name, column in self.columns.items()
         }
+
+    def count_tokens(self, numbers: tuple[list[int], ...]) -> int:
+        """How many tokens these rows have, padding left out."""
+        return sum(self.tokens[place] for place in self._places(numbers))
+
+    def _places(self, numbers: tuple[list[int], ...]) -> list[int]:
+        own = zip(self.starts, numbers, strict=True)
+        return [start + number for start, some in own for number in some]

@@ -80,18 +80,22 @@ def mean_spearman(ranks: np.ndarray) -> float:
 def same_shape(names: list[str]) -> list[list[int]]:
     """Places of the matrices that have one shape: attention's, and the feed-forward ones in turn.
 
-    By their names, since a record has no shapes. Raises ValueError for a name that is none of the
-    paper's six matrices.
+    By their names, since a record has no shapes. Where there is a gate (Wg, as in Llama) it goes
+    with Wf1, and key and value are apart: query heads may share them. Raises ValueError for a name
+    that is none of these matrices.
 
     >>> same_shape([f"layer.0.{name}" for name in ("query", "intermediate.dense", "key")])
     [[0, 2], [1]]
     """
+    labels = [matrix_label(name) for name in names]
+    kinds = {"Wf1": "Wf1", "Wf2": "Wf2"}
+    if "Wg" in labels:
+        kinds |= {"Wg": "Wf1", "Wk": "key and value", "Wv": "key and value"}
     groups: dict[str, list[int]] = {}
-    for place, name in enumerate(names):
-        label = matrix_label(name)
+    for place, (name, label) in enumerate(zip(names, labels, strict=True)):
         if not label:
             raise ValueError(f"{name} is none of the paper's matrices: its shape is not known")
-        groups.setdefault(label if label in ("Wf1", "Wf2") else "attention", []).append(place)
+        groups.setdefault(kinds.get(label, "attention"), []).append(place)
     return list(groups.values())
 
 

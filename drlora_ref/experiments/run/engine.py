@@ -26,6 +26,7 @@ from drlora_ref.experiments.run.no_waits import OwnSpans, plain, without_waits
 from drlora_ref.experiments.run.order import Numbers
 from drlora_ref.experiments.run.settings import Settings
 from drlora_ref.experiments.tasks.data import Batch, Final, Inputs, share
+from drlora_ref.experiments.tasks.evaluation import count_tokens
 from drlora_ref.schedule import BudgetSchedule
 from drlora_ref.train import linear_warmup_and_decay
 
@@ -36,7 +37,11 @@ class Engine(Protocol):
     """R ≥ 1 runs as the Loop sees them. The Loop says when something is due, the engine does it.
 
     Every list has an entry for each run, and so has the first dimension of a tensor.
+
+    tokens: how many all runs together have read in training, padding left out.
     """
+
+    tokens: int
 
     def optimizer_step(self, step: int, group: list[Numbers]) -> Tensor:
         """Lines 3-6 of Algorithm 1 on these rows; (R, 2): loss and gradient norm.
@@ -93,6 +98,7 @@ class OneModel:
         self.schedule, self.max_grad_norm = schedule, settings.max_grad_norm
         self.plain = prepared.model  # without the wrapper that several processes need
         self.captured: CapturedStep | None = None
+        self.tokens = 0
         processes, recorder = accelerator.num_processes, None
         if settings.capture:
             recorder = find_recorder(accelerator.device, processes)
@@ -149,6 +155,7 @@ class OneModel:
         rows = [self.inputs.train.__getitems__(numbers) for (numbers,) in group]
         batches = [self.inputs.collate(some) for some in rows]
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        self.tokens += sum(map(count_tokens, rows))
         whole = sum(share(batch, 0, 1)[1] for batch in batches)
         parts = [share(batch, rank, processes) for batch in batches]
         # Gradients are averaged over the processes, hence the factor.
@@ -255,6 +262,7 @@ class OneModel:
             "rates": self.rates.state_dict(),
             "allocator": allocator.state_dict() if allocator else None,
             "events": vars(self.kept_events),
+            "tokens": self.tokens,
         }
 
     @torch.no_grad()
@@ -269,7 +277,7 @@ class OneModel:
             allocator.load_state_dict(state["allocator"])
             if isinstance(allocator, RankAllocator):
                 allocator.ema = allocator.ema.to(self.accelerator.device)
-        self.kept_events = Events(**state["events"])
+        self.kept_events, self.tokens = Events(**state["events"]), state["tokens"]
 
 
 def warmed_up(optimizer: torch.optim.Optimizer, warmup: float, total_steps: int) -> LambdaLR:

@@ -60,6 +60,7 @@ class Trained:
 
     final: what its last model was asked; None if the run diverged.
     seconds, evaluation_seconds and peak_memory_mib are of all `replicas` together.
+    tokens: what all replicas together have read in training, padding left out.
     earlier_environments: what the run was trained in before it went on elsewhere, and until when.
     events: scores and masks at the pruning events that it keeps; None if it keeps none.
     """
@@ -71,6 +72,7 @@ class Trained:
     seconds: float
     evaluation_seconds: float
     peak_memory_mib: int
+    tokens: int
     earlier_environments: list[dict] = field(default_factory=list)
     events: Events | None = None
 
@@ -269,6 +271,7 @@ class Loop:
             self.seconds,
             self.evaluation_seconds,
             peak_memory_mib(self.accelerator.device),
+            self.engine.tokens,
             self.earlier_environments,
             self.engine.events(i),
         )

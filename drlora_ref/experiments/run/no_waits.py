@@ -13,6 +13,8 @@ from transformers import BartForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.bart.modeling_bart import shift_tokens_right
 
+from drlora_ref.inject import BASE_MODELS
+
 # The least number of bfloat16, which float32 has too: what is added to the score of padding.
 NEVER = torch.finfo(torch.bfloat16).min
 
@@ -21,7 +23,7 @@ def without_waits(model: nn.Module) -> nn.Module:
     """Let this model's training pass ask for no value, in place; returns it. Evaluation stays.
 
     - A 2-D mask is asked whether it holds any padding (masking_utils), so the pretrained part is
-      given the 4-D mask that is added to the scores; BART's decoder its causal one.
+      given the 4-D mask that is added to the scores; BART's decoder, and Llama's kin, a causal one.
     - BART's classifier asks how many ends of sentences there are; it reads the last one anyway.
 
     >>> from transformers import BertConfig, BertModel
@@ -64,6 +66,11 @@ def _additive_masks(body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tup
         return args, kwargs
     kwargs = kwargs | {"attention_mask": additive(mask)}
     config = cast(Any, body).config
+    kind = BASE_MODELS.get(config.model_type)
+    if kind and kind.causal:
+        n = mask.shape[1]
+        later = torch.ones(n, n, device=mask.device).triu(1) * NEVER
+        kwargs["attention_mask"] = torch.minimum(kwargs["attention_mask"], later)
     if config.is_encoder_decoder and kwargs.get("decoder_attention_mask") is None:
         ids = kwargs.get("decoder_input_ids")
         if ids is None:  # the decoder reads what the encoder reads

@@ -24,7 +24,7 @@ from drlora_ref.experiments.given import screen
 from drlora_ref.experiments.run import records
 from drlora_ref.experiments.run.checkpoints import Checkpoint
 from drlora_ref.experiments.run.engine import OneModel
-from drlora_ref.experiments.run.loop import Loop, Trained
+from drlora_ref.experiments.run.loop import History, Loop, Trained
 from drlora_ref.experiments.run.order import make_order
 from drlora_ref.experiments.run.rank_maps import RankMap, find_rank_map, sha256_of
 from drlora_ref.experiments.run.settings import NOT_IN_KEY, PRECISIONS, Settings, run_key
@@ -279,6 +279,7 @@ def make_record(run: ReadyRun, trained: Trained) -> records.Record:
         **verdict(history.evaluations, run.schedule, history.flagged_at),
         "metric_name": FAMILIES[settings.task].metric_name(settings.task),
         "metric_before_training": history.before["metric"],
+        "forgetting": _forgetting(history),
         "loss_curve": _rounded(history.losses),
         "gradient_norm_curve": _rounded(history.norms),
         "budget_curve": history.kept,
@@ -292,12 +293,26 @@ def make_record(run: ReadyRun, trained: Trained) -> records.Record:
         "seconds": round(trained.seconds, 2),
         "evaluation_seconds": round(trained.evaluation_seconds, 2),
         "peak_memory_mib": trained.peak_memory_mib,
+        "adapter_bytes": 4 * sum(trained.outcome["trainable_parameters"].values()),
+        "tokens_per_second": _tokens_per_second(trained),
         "earlier_environments": trained.earlier_environments,
         **_what_went_in(run),
     }
     if trained.replicas > 1:
         record["replicas"] = trained.replicas
     return record
+
+
+def _forgetting(history: History) -> dict[str, float | None] | None:
+    if "other_text_loss" not in history.before:
+        return None
+    after = history.evaluations[-1]["other_text_loss"] if history.evaluations else None
+    return {"before": history.before["other_text_loss"], "after": after}
+
+
+def _tokens_per_second(trained: Trained) -> float | None:
+    spent = trained.seconds - trained.evaluation_seconds
+    return round(trained.tokens / spent, 1) if spent > 0 else None  # 0: the first step diverged
 
 
 def _what_went_in(run: ReadyRun) -> dict:

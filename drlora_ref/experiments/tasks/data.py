@@ -18,7 +18,8 @@ GENERATED = "generated"  # the data_dir that means: make up a tiny set in the sa
 TRAIN_ROWS, VALIDATION_ROWS = 64, 24  # of a generated set
 HOLDOUT_SEED = 20240527  # whatever the seed of a run, the same examples are held out
 
-NO_TEXT = ("idx", "id", "title", "label", "answers", "summary")  # columns that nothing reads
+# Columns that nothing reads.
+NO_TEXT = ("idx", "id", "title", "label", "answer", "answers", "summary")
 
 Batch = dict[str, Tensor]
 Collate = Callable[[list[dict]], Batch]

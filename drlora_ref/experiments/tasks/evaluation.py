@@ -77,6 +77,16 @@ def batches_by_length(
         yield chosen, {name: tensor.to(device) for name, tensor in batch.items()}
 
 
+def count_tokens(rows: list[dict]) -> int:
+    """How many tokens are read of some encoded rows; of a multiple-choice row, of all choices.
+
+    >>> count_tokens([{"input_ids": [0, 5, 2]}, {"input_ids": [[0, 2], [0, 7, 2]]}])
+    8
+    """
+    ids = [row["input_ids"] for row in rows]
+    return sum(sum(map(len, one)) if isinstance(one[0], list) else len(one) for one in ids)
+
+
 def row_lengths(rows: Dataset) -> list[int]:
     """Tokens of each encoded row; a multiple-choice row is as long as its longest choice."""
     return [

@@ -10,7 +10,7 @@ from typing import Protocol
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drlora_ref.experiments.sources.models import ModelSource
-from drlora_ref.experiments.tasks import commonsense, glue, squad, xsum
+from drlora_ref.experiments.tasks import commonsense, glue, instructions, squad, xsum
 from drlora_ref.experiments.tasks.data import Inputs, TaskData
 
 
@@ -49,5 +49,7 @@ class Family(Protocol):
 
 
 FAMILIES: dict[str, Family] = {
-    task: family for family in (glue, squad, xsum, commonsense) for task in family.TASKS
+    task: family
+    for family in (glue, squad, xsum, commonsense, instructions)
+    for task in family.TASKS
 }

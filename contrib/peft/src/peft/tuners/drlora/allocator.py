@@ -454,6 +454,21 @@ class RankAllocator:
             self.watch.start()
 
 
+SHARDED = (
+    "FSDP and DeepSpeed shard the components, DDP does not: a score takes the norms of whole "
+    "vectors (Eq. 7), one selection goes over those of all layers, and a shard holds a part of "
+    "each: use DDP"
+)
+
+
+def check_whole(layers: dict[str, RankOneComponents]) -> None:
+    """Raise ValueError if FSDP2 or ZeRO-3 has cut the components into shards, as a loop may do."""
+    for name, layer in layers.items():
+        # What a DTensor has, and what DeepSpeed gives a parameter that it has cut.
+        if hasattr(layer.lora_A, "device_mesh") or hasattr(layer.lora_A, "ds_id"):
+            raise ValueError(f"{name} is sharded: {SHARDED}")
+
+
 def check_settled(layers: dict[str, RankOneComponents]) -> None:
     """Raise ValueError if a pruned component is not zero: it counts in the output, not in the rank."""
     for name, layer in layers.items():
@@ -516,8 +531,10 @@ class AllocatorState(StaysFloat32):
     def resume(self, layers: dict[str, RankOneComponents], config: DrLoraConfig) -> RankAllocator:
         """An allocator that goes on where the buffers say; it is kept until forget().
 
-        Raises ValueError without total_step, or if the steps so far were under other settings.
+        Raises ValueError without total_step, if the steps so far were under other settings, and as
+        check_whole.
         """
+        check_whole(layers)
         allocator = RankAllocator(layers, config.schedule(), config.beta, config.score, config.seed, self.watch)
         allocator.last_step = int(self.last_step)
         if allocator.last_step:

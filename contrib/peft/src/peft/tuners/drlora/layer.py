@@ -164,6 +164,11 @@ def stack_by_shape(layers: list[RankOneComponents]) -> list[tuple[list[int], tup
     return [(members, tuple(stack(members, n) for n in names)) for members in groups.values()]
 
 
+def in_4_bits(module: nn.Module) -> bool:
+    """Whether a linear layer is bitsandbytes' with 4 bits a weight, as QLoRA has them."""
+    return isinstance(module, nn.Linear) and type(module.weight).__name__ == "Params4bit"
+
+
 class DrLoraLinear(nn.Module, BaseTunerLayer):
     """
     A linear layer and, for each adapter by name, its `RankOneComponents`.
@@ -177,7 +182,7 @@ class DrLoraLinear(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Linear, adapter_name: str, config: DrLoraConfig):
         super().__init__()
         self.base_layer = base_layer
-        self.out_features, self.in_features = base_layer.weight.shape
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.drlora_components = nn.ModuleDict()
         self._disable_adapters, self.merged_adapters = False, []
         self._active_adapter = adapter_name
@@ -216,10 +221,18 @@ class DrLoraLinear(nn.Module, BaseTunerLayer):
     @property
     def weight(self) -> Tensor:
         """The base weight in training, with what is added to it in evaluation: (d_out, d_in)."""
-        W = self.base_layer.weight
+        W = self._base_weight()
         for components in [] if self.training else self._added():
             W = W + components.update().to(W.dtype)
         return W
+
+    def _base_weight(self) -> Tensor:
+        weight = self.base_layer.weight
+        if not in_4_bits(self.base_layer):
+            return weight
+        from bitsandbytes.functional import dequantize_4bit  # it is there: it made the weight
+
+        return dequantize_4bit(weight.data, cast(Any, weight).quant_state)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """True: PEFT's convert_to_lora takes ΔW apart anew."""
@@ -236,6 +249,11 @@ class DrLoraLinear(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add ΔW to the base weight, until unmerge(). safe_merge: ValueError where not finite."""
+        if in_4_bits(self.base_layer):
+            raise TypeError(
+                "nothing is merged into 4-bit weights, which would round it away: save the "
+                "adapter, and merge it into the model in bfloat16 or float32"
+            )
         weight = self.base_layer.weight
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.drlora_components:

@@ -25,7 +25,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
 from .allocator import AllocatorState, RankAllocator, check_dem, check_settled, dem_loss, warn_unfinished
 from .config import BudgetSchedule, DrLoraConfig
-from .layer import DrLoraLinear, RankOneComponents, bare, dynamic_layers, plain_name
+from .layer import DrLoraLinear, RankOneComponents, bare, dynamic_layers, in_4_bits, plain_name
 from .precision import train_in_float32
 
 
@@ -33,11 +33,14 @@ class BaseModel(NamedTuple):
     """What the package knows of one kind of transformer; a new kind is a new entry in BASE_MODELS.
 
     matrices: what is adapted in each layer, {end of the module's dotted name: the label of the
-    paper's Figure 2}. cross_attention: the same for a decoder's, adapted only if asked for.
+    paper's Figure 2; Wg for the gate of a feed-forward part that has one, which the paper's models
+    have not}. cross_attention: the same for a decoder's, adapted only if asked for. causal: each
+    token sees those before it only (a decoder without an encoder).
     """
 
     matrices: dict[str, str]
     cross_attention: dict[str, str] = {}  # noqa: RUF012 (never changed)
+    causal: bool = False
 
 
 _BERT = {
@@ -56,6 +59,13 @@ _MPNET = {f"attn.{p}": f"W{p}" for p in "qkvo"} | {
 
 _PROJECTIONS = {"q_proj": "Wq", "k_proj": "Wk", "v_proj": "Wv", "out_proj": "Wo"}
 
+# Several query heads may share one of key and value (grouped queries): Wk, Wv are then smaller.
+_LLAMA = {f"self_attn.{p}_proj": f"W{p}" for p in "qkvo"} | {
+    "mlp.gate_proj": "Wg",
+    "mlp.up_proj": "Wf1",
+    "mlp.down_proj": "Wf2",
+}
+
 BASE_MODELS = {
     "roberta": BaseModel(_BERT),
     "bert": BaseModel(_BERT),
@@ -64,6 +74,7 @@ BASE_MODELS = {
         {f"self_attn.{p}": label for p, label in _PROJECTIONS.items()} | {"fc1": "Wf1", "fc2": "Wf2"},
         {f"encoder_attn.{p}": f"{label} cross" for p, label in _PROJECTIONS.items()},
     ),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"), BaseModel(_LLAMA, causal=True)),
 }
 
 
@@ -134,6 +145,29 @@ def check_task(model: nn.Module, task_type: str | None) -> None:
         raise ValueError(
             f"task_type = {task_type!r} is for models that generate, and {type(model).__name__} "
             "does not: leave it out, or give the one of its head"
+        )
+
+
+def check_quantised(model: nn.Module) -> None:
+    """Raise TypeError for a model with quantised weights, unless they are 4-bit ones on a GPU.
+
+    A GGUF file that was loaded unpacked is not quantised any more, whatever the model is marked as.
+    """
+    if not getattr(model, "is_quantized", False):
+        return
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    layers = [module for module in linear if in_4_bits(module)]
+    if places := {layer.weight.device.type for layer in layers} - {"cuda"}:
+        raise TypeError(
+            f"4-bit weights are adapted on a GPU only, and these are on {', '.join(places)}: load "
+            "the model in float32 or bfloat16"
+        )
+    method = getattr(getattr(model.config, "quantization_config", None), "quant_method", "")
+    unpacked = method == "gguf" and all(p.is_floating_point() for p in model.parameters())
+    if not layers and not unpacked:
+        raise TypeError(
+            "quantised models cannot be adapted, but for 4 bits by bitsandbytes on a GPU: load it "
+            "in float32 or bfloat16"
         )
 
 
@@ -212,8 +246,7 @@ class DrLoraModel(BaseTuner):
                 f"the model has adapters already, in {adapted[0]} and elsewhere: take a fresh one, "
                 "or merge them first. A second adapter of this kind: PeftModel.add_adapter"
             )
-        if getattr(model, "is_quantized", False):
-            raise TypeError("quantised models cannot be adapted: load it in float32 or bfloat16")
+        check_quantised(model)
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
@@ -262,7 +295,8 @@ class DrLoraModel(BaseTuner):
     ) -> None:
         if isinstance(target, DrLoraLinear):
             return target.add(adapter_name, peft_config)
-        check_target(current_key, target, self.model)
+        if not in_4_bits(target):
+            check_target(current_key, target, self.model)
         adapted = DrLoraLinear(target, adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             adapted.requires_grad_(False)
