@@ -202,3 +202,25 @@ def test_a_notebook_that_writes_nothing_needs_no_output_dir():
         (cell,) = nbformat.read("out/book.ipynb", 4).cells
         assert cell.outputs[0].text == "42\n"
     assert not nbformat.read("book.ipynb", 4).cells[0].outputs
+
+
+WHILE = {  # a file is read, in whose place anything may be raised
+    "the parameters": ("yaml.constructor.SafeConstructor.construct_yaml_int", "-f"),
+    "config.json": ("transformers.AutoConfig.from_pretrained", ""),
+    "the tokenizer": ("transformers.AutoTokenizer.from_pretrained", ""),
+    "the weights": ("transformers.AutoModelForSequenceClassification.from_pretrained", ""),
+    "a notebook": ("papermill.inspect_notebook", "notebook"),
+}
+
+
+@pytest.mark.parametrize("what", WHILE)
+def test_sigterm_while_a_file_is_read_is_not_taken_for_damage(what, monkeypatch, capsys):
+    place, door = WHILE[what]
+    Path("given.yaml").write_text("seed: 1")
+    words = ["run", "out", *WORDS, *(["-f", "given.yaml"] if door == "-f" else [])]
+    if door == "notebook":
+        words = ["notebook", notebook("any.ipynb", "1"), "out"]
+    monkeypatch.setattr(place, lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(words) == 143
+    error = capsys.readouterr().err
+    assert error == "terminated: SIGTERM: the same command goes on from the last checkpoint\n"

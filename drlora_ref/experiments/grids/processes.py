@@ -27,6 +27,7 @@ import torch
 
 from drlora_ref.experiments.given import screen
 from drlora_ref.experiments.grids import NotebookError, Value
+from drlora_ref.experiments.run.termination import Terminated
 
 if TYPE_CHECKING:
     from drlora_ref.experiments.run.settings import Settings
@@ -92,7 +93,7 @@ class ProcessWork(submitit.helpers.Checkpointable):
                 _run_alone(pack[0])
         except NotebookError as error:
             raise RuntimeError(_in_one_line(error.kind, error.what)) from error
-        except Exception as error:
+        except (Exception, Terminated) as error:
             raise RuntimeError(_in_one_line(type(error).__name__, str(error))) from error
 
 

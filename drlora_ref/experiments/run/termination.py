@@ -9,8 +9,12 @@ from types import FrameType
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # exit statuses
 
 
-class Terminated(Exception):
-    """SIGTERM came. The message says what has been kept."""
+class Terminated(BaseException):
+    """SIGTERM came. The message says what has been kept.
+
+    As KeyboardInterrupt it is no Exception: it may come in the middle of reading a file, and who
+    catches whatever a damaged file brings must not take it for damage.
+    """
 
 
 def end(number: int, frame: FrameType | None) -> None:
