@@ -27,7 +27,8 @@ CONTROLS = {"rank_map", "permute_map", "holdout", "tinit", "tfinal", "group_by_l
 # How a step is computed, and what is kept of it; by the command and in grids.
 STEP = {"capture", "attention", "fused_adamw", "frozen_bf16", "compile_encoder", "film_events"}
 OWN = {"10_roberta_glue": set(), "11_squad": SQUAD, "12_xsum": XSUM}
-SMALL = dict(data_dir="generated", batch_size=8, max_steps=10, deltaT=2, checkpoint_every=0)
+SMALL = dict(data_dir="generated", batch_size=8, max_steps=10, deltaT=2, checkpoint_every=0,
+             init_r=3, target_r=2)  # fmt: skip
 GIVEN = {
     "10_roberta_glue": dict(task="mnli", model_name="tiny-roberta", method="adalora", seed=3),
     "11_squad": dict(task="squad_v2", model_name="tiny-roberta", method="drlora", max_length=40,
