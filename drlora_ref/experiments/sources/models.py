@@ -144,11 +144,9 @@ def _check_files(name: str, folder: Path, source: str, expected: str = "") -> Mo
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise ValueError(f"{source}: config.json must hold names with values")
-    for name, value in config.items():
+    for key, value in config.items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(
-                f"{source}: config.json: {name} = {value} is no number to compute with"
-            )
+            raise ValueError(f"{source}: config.json: {key} = {value} is no number to compute with")
     if found == mpnet.SHA256 and mpnet.TRAINED not in source:
         source += f" (all-mpnet-base-v2, {mpnet.TRAINED})"
     config.pop("transformers_version", None)  # says who wrote the file, and decides nothing

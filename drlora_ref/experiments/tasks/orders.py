@@ -69,7 +69,7 @@ def order_rows(split: str) -> list[dict[str, str]]:
     """{"instruction", "answer"} of each order of "train" or "validation"; no two are the same.
 
     >>> order_rows("train")[0]["instruction"]
-    'Book this order. Anna wants six black brushes sent to Prague by Saturday.'
+    'Book this order. Iris wants three orange clocks sent to Prague by Saturday.'
     >>> len(order_rows("validation"))
     128
     """
