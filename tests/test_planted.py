@@ -31,6 +31,7 @@ def test_the_layers_are_windows_on_the_stacked_tensors():
     assert [n for n, p in layers.named_parameters() if p.requires_grad] == []
 
 
+@pytest.mark.slow
 def test_recovery_is_reproducible_and_leaves_the_global_generator_alone():
     before = torch.random.get_rng_state()
     first, second = (planted.recover([0, 4], seed=3, **SMALL) for _ in range(2))
@@ -84,10 +85,12 @@ ONES = dict(input_scales=[1.0] * 3, loss_weights=[1.0] * 3, stretch=0.0, strengt
             penalty="l2", penalty_weight=0.0, uniform=False, learning_rate=0.01)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_is_given_as_it_is_by_default_changes_no_bit():
     assert planted.recover([0, 1, 4], **SMALL) == planted.recover([0, 1, 4], **SMALL, **ONES)
 
 
+@pytest.mark.slow
 def test_the_units_of_a_maps_inputs_move_the_norm_and_not_the_output_norm():
     """Inputs ten times as long, weights a tenth: the norm starves that map, the answers do not."""
 
@@ -118,6 +121,7 @@ def test_the_output_norm_in_recover_is_that_of_the_layers_own_forward_pass():
         torch.testing.assert_close(g, expected)
 
 
+@pytest.mark.slow
 def test_a_map_whose_loss_weighs_nothing_counts_nothing():
     result = planted.recover([0, 2], loss_weights=[0.0, 1.0], noise=0.0, **SMALL)
     other = planted.recover([5, 2], loss_weights=[0.0, 1.0], noise=0.0, **SMALL)
@@ -212,6 +216,7 @@ def test_the_penalty_of_the_stack_is_that_of_the_model_and_counts_until_pruning_
         torch.testing.assert_close(of_the_stack, penalty_loss(layers, name))
 
 
+@pytest.mark.slow
 def test_a_map_with_weak_answers_is_starved_by_the_norm_and_not_by_the_share():
     def ranks(score):
         return planted.recover([2, 2], score=score, strengths=[1.0, 0.1], noise=0.1, **SMALL).ranks
@@ -229,6 +234,7 @@ def test_strengths_multiply_what_is_planted():
     assert even.relative_error == pytest.approx(1.0) == half.relative_error
 
 
+@pytest.mark.slow
 def test_uniform_leaves_every_map_the_same():
     result = planted.recover([0, 1, 3, 4], score="frobenius_norm", uniform=True, **SMALL)
     assert result.ranks == [2, 2, 2, 2] and math.isnan(result.spearman)
@@ -253,6 +259,7 @@ def test_the_record_of_the_studies_holds_every_run_that_its_script_asks_for(stud
     assert sorted(there) == sorted(studies.jobs(seeds)) and len(set(there)) == len(there)
 
 
+@pytest.mark.slow
 def test_a_run_of_the_studies_comes_out_again(studies):
     given = {"init_r": 4, "total_steps": 750, "seed": 3}
     (found,) = [
