@@ -425,14 +425,23 @@ def plot_rank_heatmap(
     return axes
 
 
-def plot_rank_heatmaps(rank_patterns: dict[str, dict[str, int]], across: int = 2) -> plt.Figure:
+def plot_rank_heatmaps(
+    rank_patterns: dict[str, dict[str, int]],
+    across: int = 2,
+    size: tuple[float, float] = (6.8, 3.2),
+) -> plt.Figure:
     """One plot_rank_heatmap for each title, `across` in a row: Figure 2 with its four budgets.
 
-    Each has its own scale of colours: budgets differ, what is compared is the pattern.
+    `size`: width and height of each, in inches. Each has its own scale of colours: budgets differ,
+    what is compared is the pattern.
     """
     down = -(-len(rank_patterns) // across)
     figure, axes = plt.subplots(
-        down, across, figsize=(6.8 * across, 3.2 * down), layout="constrained", squeeze=False
+        down,
+        across,
+        figsize=(size[0] * across, size[1] * down),
+        layout="constrained",
+        squeeze=False,
     )
     for ax in axes.flat[len(rank_patterns) :]:
         ax.set_axis_off()

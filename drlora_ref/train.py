@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from drlora_ref.allocator import Diverged, RankAllocator
+from drlora_ref.events import Events
 from drlora_ref.inject import count_parameters
 from drlora_ref.regularizer import dem_loss
 from drlora_ref.schedule import BudgetSchedule
@@ -96,6 +97,7 @@ def train(
     warmup: float = 0.06,
     max_grad_norm: float = 1.0,
     seed: int = 0,
+    events: Events | None = None,
 ) -> dict:
     """Algorithm 1 for schedule.total_steps optimizer steps; returns the run's record.
 
@@ -103,6 +105,7 @@ def train(
     warm-up (a share of all steps) and decay. Without an allocator it is plain fine-tuning (LoRA,
     ...) under the same rules. `evaluate(model)` gives {"metric": float, "collapsed": bool}, after
     every epoch and at the end. `seed` orders the data; dropout follows the global generator.
+    `events`, if given, takes the scores and the mask of every pruning event (plotting.plot_ranks).
 
     Choice: DEM is part of the loss until pruning has ended, as in the authors' code; the paper does
     not say how long. No weight decay by default (theirs: 0.01), and bfloat16 on a GPU (theirs: full
@@ -155,6 +158,8 @@ def train(
                 break
             if schedule.prunes_at(step):
                 kept.append([step, int(allocator.mask.sum())])
+                if events is not None:
+                    events.add(step, allocator)
         if evaluation_due:
             before = time.perf_counter()
             with autocast(loss.device):

