@@ -141,7 +141,7 @@ VALUES: dict[str, dict[str, list]] = {
         "n_seeds": [2, 1],
         "seed": [1, 2],
     },
-    "09": TRAINED | {"task": ["cola", "mrpc"], "batch_size": [8, 16], "max_length": [32, 48]},
+    "09": TRAINED | {"task": ["cola", "mrpc"], "batch_size": [8, 32], "max_length": [32, 48]},
     "10": MORE | {"task": ["mrpc", "boolq"], "batch_size": [8, 4], "max_length": [32, 64]},
     "11": MORE
     | {
