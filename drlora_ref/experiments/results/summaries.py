@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
-from scipy.stats import t as student
 
 from drlora_ref.experiments.given import place
 from drlora_ref.experiments.methods import METHODS
@@ -203,6 +202,8 @@ def _failed(runs: pd.DataFrame) -> dict[str, int]:
 
 
 def _statistics(values: pd.Series) -> dict[str, float]:
+    from scipy.stats import t as student  # a second, for which a grid need not wait
+
     n, mean, std = len(values), float(values.mean()), float(values.std(ddof=1))
     half = float(student.ppf(0.975, n - 1)) * std / math.sqrt(n) if n > 1 else math.nan
     return dict(zip(STATISTICS, (mean, std, n, mean - half, mean + half), strict=True))

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import datasets
 from datasets import Dataset, concatenate_datasets
-from sklearn.metrics import accuracy_score
 from transformers import (
     AutoModelForMultipleChoice,
     AutoModelForSequenceClassification,
@@ -210,6 +209,8 @@ def make_inputs(
 
     Shapes of a batch's tensors: (batch, length), or (batch, choices, length).
     """
+    from sklearn.metrics import accuracy_score  # as in glue.py
+
     encoded = partial(encode, tokenizer=tokenizer, max_length=max_length)
     choices = "endings" in data.train.column_names
     collate = (DataCollatorForMultipleChoice if choices else DataCollatorWithPadding)(tokenizer)

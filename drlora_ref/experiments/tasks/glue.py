@@ -9,8 +9,6 @@ import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 from numpy.typing import ArrayLike
-from scipy.stats import pearsonr
-from sklearn.metrics import accuracy_score, matthews_corrcoef
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -231,6 +229,10 @@ def metric(task: str, predictions: ArrayLike, labels: ArrayLike) -> float:
     >>> round(metric("cola", predictions=[0, 1, 1, 1], labels=[0, 1, 0, 1]), 4)
     0.5774
     """
+    # A second to import, which whoever only looks at the settings of a run need not wait for.
+    from scipy.stats import pearsonr
+    from sklearn.metrics import accuracy_score, matthews_corrcoef
+
     kind, predictions = get_task(task).metric, np.asarray(predictions, dtype=float)
     if not np.isfinite(predictions).all():
         return 0.0
