@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,8 +17,11 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from tiny_runs import still_model, tiny, without_costs
+from torch import multiprocessing as mp
 
+from drlora_ref.experiments.__main__ import main
 from drlora_ref.experiments.run import checkpoints, loop, one_run
 from drlora_ref.experiments.run.checkpoints import Checkpoint
 from drlora_ref.experiments.run.loop import History
@@ -121,9 +125,19 @@ def start(*runs: tuple[Settings, str]) -> subprocess.Popen:
 
 
 def test_a_killed_run_goes_on_and_ends_in_the_same_record(tmp_path, whole_run):
+    """Killed by itself at each of these moments, and from outside after its first checkpoint."""
+    outside = tmp_path / "outside"
     runs = [(tiny(tmp_path / moment), code) for moment, code in KILLS.items()]
-    error = start(*runs).communicate(timeout=300)[1]
-    assert error.split()[-len(KILLS) :] == [str(-signal.SIGKILL)] * len(KILLS), error
+    process = start(*runs, (tiny(outside), ""))
+    while not (outside / "checkpoint.pt").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    max(psutil.Process(process.pid).children(), key=lambda child: child.pid).kill()
+    error = process.communicate(timeout=300)[1]
+    assert error.split()[-len(runs) - 1 : -1] == [str(-signal.SIGKILL)] * len(runs), error
+    if not (outside / "record.json").exists():  # it may just have finished
+        one_run.run(tiny(outside))
+    assert without_costs(read_record(outside)) == without_costs(whole_run)
     for moment in KILLS:
         folder, settings = tmp_path / moment, tiny(tmp_path / moment)
         if moment.startswith("between the record"):
@@ -138,19 +152,6 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_record(tmp_path, whole_run):
         record = one_run.run(settings)
         assert without_costs(record) == without_costs(whole_run), moment
         assert not list(folder.glob(".unfinished-*"))
-
-
-def test_a_run_killed_from_outside_goes_on_and_ends_in_the_same_record(tmp_path, whole_run):
-    process = start((tiny(tmp_path), ""))
-    while not (tmp_path / "checkpoint.pt").exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    (child,) = psutil.Process(process.pid).children()
-    child.kill()
-    process.wait()
-    if not (tmp_path / "record.json").exists():  # it may just have finished
-        one_run.run(tiny(tmp_path))
-    assert without_costs(read_record(tmp_path)) == without_costs(whole_run)
 
 
 @pytest.mark.parametrize("method", ["lora", "adalora", "prune-once", "h-adapter", "full"])
@@ -190,20 +191,21 @@ def test_accumulated_batches_with_dem_are_one_large_batch(tmp_path):
     assert small == pytest.approx(large, abs=2e-4)
 
 
-# What `accelerate launch --multi_gpu` runs underneath; it has no such launcher for a CPU alone.
-TWO_PROCESSES = "torch.distributed.run --standalone --nproc_per_node 2"
-SEVERAL = """
-import sys
-from drlora_ref.experiments.__main__ import main
-for words in eval(sys.argv[1]):
-    assert main(words) == 0
-"""
+def one_of_two(rank: int, port: int, commands: list[list[str]]) -> None:
+    """Commands as torchrun would start them, but for the seconds in which they import."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    torch.set_num_threads(1)  # a thread of OpenMP's does not outlive a fork
+    AcceleratorState._reset_state(True)  # what this process was before it was forked
+    for words in commands:
+        assert main(words) == 0
+    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_train_as_one(tmp_path):
     """Over gloo: same batches, same gradients, same masks on both; one pair trains every score."""
     still_model(tmp_path / "model")
-    (tmp_path / "several.py").write_text(SEVERAL)
     given = dict(model_name=str(tmp_path / "model"), lora_dropout=0.0, max_steps=12)
     commands = []
     for score in ("frobenius_share", "output_norm", "loss_sensitivity"):
@@ -211,11 +213,10 @@ def test_two_processes_train_as_one(tmp_path):
         output_dir = settings.pop("output_dir")
         words = [word for k, v in settings.items() for word in ("-p", k, repr(v))]
         commands.append(["run", output_dir, *words])
-    script = [tmp_path / "several.py", repr(commands)]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", *TWO_PROCESSES.split(), *script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=one_thread)
-    assert done.returncode == 0, done.stderr[-3000:]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    mp.start_processes(one_of_two, (port, commands), nprocs=2, start_method="fork")
     for score in ("frobenius_share", "output_norm", "loss_sensitivity"):
         two = read_record(tmp_path / score)
         one = one_run.run(tiny(tmp_path / f"one {score}", **given, score=score))

@@ -52,7 +52,7 @@ def test_under_noise_the_norm_recovers_the_planted_ranks_better_than_the_share()
     ranks, seeds = [0, 0, 1, 2, 4, 6, 8, 11], range(3)
     errors = {
         score: [
-            planted.recover(ranks, score=score, seed=s, total_steps=750).relative_error
+            planted.recover(ranks, score=score, seed=s, total_steps=500).relative_error
             for s in seeds
         ]
         for score in ("frobenius_norm", "frobenius_share", "random")
