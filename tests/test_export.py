@@ -98,12 +98,13 @@ def test_stock_peft_in_another_process_gives_the_same_logits(trained, tmp_path):
     """Head included, one matrix of rank 0 among them; the other process never imports us."""
     export_lora(trained, tmp_path / "own")
     export_lora(trained, tmp_path / "padded", uniform=True)
+    trained.save_pretrained(tmp_path / "not exported")
     torch.save(base_model().state_dict(), tmp_path / "base.pt")
     base_model().config.save_pretrained(tmp_path)
     torch.save({"ids": token_ids(16), "logits": logits(trained)}, tmp_path / "expected.pt")
     code = """
 import sys, torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 expected = torch.load("expected.pt")
@@ -115,16 +116,20 @@ for folder in ("own", "padded"):
         difference = (model(input_ids=expected["ids"]).logits - expected["logits"]).abs().max()
     print(folder, type(model.base_model).__name__, float(difference))
 print([name for name in sys.modules if name.startswith("drlora_ref")])
+try:
+    PeftConfig.from_pretrained("not exported")
+except KeyError as error:  # PEFT's own, which names the package that is missing
+    print(error)
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    own, padded, imported = done.stdout.splitlines()
+    own, padded, imported, refused = done.stdout.splitlines()
     for line in (own, padded):
         _, kind, difference = line.split()
         assert kind == "LoraModel" and float(difference) < 1e-5
-    assert imported == "[]"
+    assert imported == "[]" and refused == "'drlora_ref.DYNAMIC_RANK'"
     assert not torch.allclose(logits(base_model()), logits(trained), atol=1e-2)
 
 

@@ -6,8 +6,6 @@ import json
 import pickle
 import re
 import runpy
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import peft
@@ -566,16 +564,6 @@ def test_an_untested_version_of_peft_is_refused(monkeypatch):
 
 
 # --- what PEFT does, on which the tuner rests --------------------------------------------------
-
-
-def test_loading_without_our_import_fails_by_pefts_own_error(trained, tmp_path):
-    """And the message names the package that is missing."""
-    trained.save_pretrained(tmp_path)
-    code = f"import peft; peft.PeftConfig.from_pretrained({str(tmp_path)!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1 and "KeyError: 'drlora_ref.DYNAMIC_RANK'" in done.stderr, (
-        done.stderr
-    )
 
 
 def test_peft_still_has_no_door_for_methods_it_does_not_know():
