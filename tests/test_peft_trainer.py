@@ -182,6 +182,13 @@ def test_trainer_alone_still_multiplies_the_gradient_of_a_roberta_classifier(tmp
     )
 
 
+class KeepsTheCount(DynamicRankTrainer):
+    """Its compute_loss does not hand on the number of labels that all batches of a step have."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        return super().compute_loss(model, inputs, return_outputs)
+
+
 TINY_LLAMA = LlamaConfig(
     vocab_size=50,
     hidden_size=16,
@@ -199,8 +206,9 @@ TINY_LLAMA = LlamaConfig(
         (LlamaForSequenceClassification, "SEQ_CLS", False),  # calls loss_function, passes nothing
     ],
 )
+@pytest.mark.parametrize("trainer_class", [DynamicRankTrainer, KeepsTheCount])
 def test_language_models_divide_their_loss_and_classifiers_do_not(
-    model_class, task, divides, tmp_path
+    model_class, task, divides, trainer_class, tmp_path
 ):
     ids = trainer_script.token_ids(8)
     labels = ids if task == "CAUSAL_LM" else (ids[:, 0] > 25).long()
@@ -210,12 +218,15 @@ def test_language_models_divide_their_loss_and_classifiers_do_not(
         torch.manual_seed(0)
         base = model_class(TINY_LLAMA)
         assert divides_its_loss(base) == divides
-        config = DynamicRankConfig(init_r=3, target_r=3, task_type=task, lora_dropout=0.0)
+        given = dict(task_type=task, lora_dropout=0.0, dem_weight=0.3)
+        config = DynamicRankConfig(init_r=3, target_r=3, **given)
         settings = dict(per_device_train_batch_size=8 // k, gradient_accumulation_steps=k)
         settings |= dict(train_sampling_strategy="sequential", max_steps=10, max_grad_norm=0)
-        run = DynamicRankTrainer(
+        run = trainer_class(
             get_peft_model(base, config), arguments(tmp_path, **settings), train_dataset=data
         )
+        for layer in run.model.base_model.layers().values():
+            nn.init.ones_(layer.lora_c)
         gradients.append(first_gradient(run))
     for name, whole in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], whole, atol=1e-6, rtol=1e-4)
@@ -670,6 +681,54 @@ def test_a_loss_of_ones_own_that_has_dem_in_it_trains(trainer_class, accumulatio
         run.compute_loss_func = summed_loss
     run.train()
     assert sum(run.model.rank_pattern().values()) == 24
+
+
+class AddsDemAgain(DynamicRankTrainer):
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs) + 0.3 * self.model.dem_loss()
+
+
+class AddsDemAfterTheStep(DynamicRankTrainer):
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        (0.3 * self.model.base_model.dem_loss()).backward()
+        return loss
+
+
+class AddsDemInItsFunction(DynamicRankTrainer):
+    def compute_loss_func(self, outputs, labels, num_items_in_batch):
+        return summed_loss(outputs, labels, num_items_in_batch) + 0.3 * self.model.dem_loss()
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, compute_loss_func=self.compute_loss_func, **kwargs)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("trainer_class", [AddsDemAgain, AddsDemAfterTheStep, AddsDemInItsFunction])
+def test_dem_that_is_added_a_second_time_is_an_error_at_the_first_step(
+    trainer_class, accumulation, tmp_path
+):
+    given = arguments(tmp_path, gradient_accumulation_steps=accumulation)
+    run = trainer_class(adapted(), given, train_dataset=rows())
+    message = "DEM is twice in the loss of step 1: DynamicRankTrainer and a loss of your own add it"
+    with pytest.raises(ValueError, match=message):
+        run.train()
+
+
+class TakesTheMeanOfTwo(DynamicRankTrainer):
+    """As R-Drop does it, which compares two passes."""
+
+    def compute_loss(self, model, inputs, **kwargs):
+        return sum(super(type(self), self).compute_loss(model, inputs, **kwargs) / 2 for _ in "ab")
+
+
+def test_dem_in_both_halves_of_a_mean_counts_once(tmp_path):
+    one, mean = (
+        first_gradient(eight_rows(tmp_path, 2, trainer_class, dem_weight=0.7))
+        for trainer_class in (DynamicRankTrainer, TakesTheMeanOfTwo)
+    )
+    for name, gradient in one.items():
+        torch.testing.assert_close(mean[name], gradient, atol=1e-6, rtol=1e-4)
 
 
 def test_a_loop_of_ones_own_that_forgets_dem_is_stopped():

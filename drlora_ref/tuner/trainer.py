@@ -126,6 +126,7 @@ class DynamicRankMixin(_Trainer):
     """
 
     model_accepts_loss_kwargs: bool
+    items_of_step: Any = None  # labels that count, in all batches of the step that is being taken
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -148,7 +149,16 @@ class DynamicRankMixin(_Trainer):
             resume_from_checkpoint = last_whole(folder, resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.items_of_step = num_items_in_batch
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self.items_of_step = None
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if num_items_in_batch is None:  # a compute_loss in between did not hand it on
+            num_items_in_batch = self.items_of_step
         result: Any = super().compute_loss(
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
@@ -164,7 +174,7 @@ class DynamicRankMixin(_Trainer):
             )
             if self.loss_is_scaled_for_ga is not None:
                 divided = self.loss_is_scaled_for_ga
-            loss = loss + weight * tuner.dem_loss() / (
+            loss = loss + weight * tuner.dem_loss(by="DynamicRankTrainer") / (
                 self.current_gradient_accumulation_steps if divided else 1
             )
         return (loss, outputs) if return_outputs else loss
