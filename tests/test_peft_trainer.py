@@ -802,6 +802,43 @@ def test_the_last_whole_checkpoint_is_taken_and_it_says_so(name, share, checkpoi
         assert last_whole(str(checkpoints), named) == str(checkpoints / "checkpoint-4")
 
 
+def flip(content: bytes, at: float) -> bytes:
+    """The same with one bit flipped, at this share of its length."""
+    changed = bytearray(content)
+    changed[int(at * len(content))] ^= 4
+    return bytes(changed)
+
+
+DAMAGE = {
+    "a bit": lambda content: flip(content, 0.6),
+    "a bit near the end": lambda content: flip(content, 0.95),
+    "zeros": lambda content: content[: len(content) // 2] + bytes(len(content) - len(content) // 2),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", *FILES[2:5], "trainer_state.json"])
+def test_a_checkpoint_that_was_changed_since_is_passed_over_and_it_says_so(
+    name, damage, checkpoints
+):
+    path = checkpoints / "checkpoint-12" / name
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    with pytest.warns(
+        UserWarning, match=rf"{name} is (damaged|cut off)\): resuming from check.*-8"
+    ):
+        assert last_whole(str(checkpoints), True) == str(checkpoints / "checkpoint-8")
+
+
+def test_a_number_in_a_checkpoint_that_is_another_now_is_noticed(checkpoints):
+    """... and JSON still; an older checkpoint, without checksums, is taken as it is."""
+    path = checkpoints / "checkpoint-12" / "trainer_state.json"
+    path.write_text(path.read_text().replace('"global_step": 12', '"global_step": 13'))
+    with pytest.warns(UserWarning, match=r"trainer_state\.json is damaged\): resuming"):
+        last_whole(str(checkpoints), True)
+    (checkpoints / "checkpoint-12" / "checksums.json").unlink()
+    assert last_whole(str(checkpoints), True) is True
+
+
 @pytest.mark.parametrize("name", [name for name in FILES if name[-4:] not in (".bin", "json")])
 def test_a_checkpoint_that_lacks_a_file_is_not_whole(name, checkpoints):
     (checkpoints / "checkpoint-12" / name).unlink()

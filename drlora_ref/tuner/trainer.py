@@ -6,12 +6,13 @@ by `class MyTrainer(DynamicRankMixin, TheirTrainer)`.
 """
 
 import inspect
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from drlora_ref.tuner.checkpoints import last_whole
+from drlora_ref.tuner.checkpoints import last_whole, write_checksums
 from drlora_ref.tuner.layer import SHARDED
 from drlora_ref.tuner.model import find_tuner
 
@@ -78,6 +79,11 @@ class DynamicRankCallback(TrainerCallback):
         if not tuner.schedule().pruning_ended(step - 1):
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
+    def on_save(self, args, state, control, **kwargs):
+        checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        if args.should_save and checkpoint.is_dir():  # a search for parameters has folders within
+            write_checksums(checkpoint)
+
     def on_train_end(self, args, state, control, model=None, **kwargs):
         find_tuner(model).check_pruned()
 
@@ -118,8 +124,9 @@ class DynamicRankMixin(_Trainer):
     Logged with each training loss: `rank` (surviving components, mean over matrices), `rank_min`,
     `rank_max`, and `rank_budget`, the b(t) of Eq. 9.
 
-    Who kills a training may leave a half-written checkpoint. Asked to resume from it, or from the
-    last one (resume_from_checkpoint=True), `train` takes the last that is whole, and says so.
+    Who kills a training may leave a half-written checkpoint, and a disk may change one. Asked to
+    resume from it, or from the last one (resume_from_checkpoint=True), `train` takes the last that
+    is whole, and says so.
 
     Raises TypeError for a model without a dynamic-rank adapter and for a class in which a Trainer
     stands before it, ValueError under FSDP or DeepSpeed.
