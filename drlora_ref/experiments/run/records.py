@@ -87,15 +87,20 @@ def check_output_dir(output_dir: str | Path, overwrite: bool = False) -> Path:
     Raises FileExistsError if it holds a record already, OSError if nothing can be written there. A
     record of this very notebook, which was killed before its end, is no hindrance.
     """
-    folder = place(output_dir)
+    folder = make_folder(place(output_dir))
+    if not overwrite and os.path.lexists(folder / "record.json") and not is_of(FINISHES, folder):
+        raise FileExistsError(TAKEN.format(folder / "record.json"))
+    return folder
+
+
+def make_folder(folder: Path, name: str = "output_dir") -> Path:
+    """The folder that `name` stands for, made if need be; OSError if nothing can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise NotADirectoryError(f"{folder} is not a folder: take another output_dir") from None
-    if not overwrite and os.path.lexists(folder / "record.json") and not is_of(FINISHES, folder):
-        raise FileExistsError(TAKEN.format(folder / "record.json"))
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{folder} cannot be written to: take another output_dir")
+        raise NotADirectoryError(f"{folder} is not a folder: take another {name}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder} cannot be written to: take another {name}")
     return folder
 
 
@@ -115,10 +120,15 @@ class Pending:
             file.write(json.dumps({"given": given, "replaces": self._record()}).encode())
 
     def given(self) -> list | None:
-        """What was given to a notebook that has its record but not its end; else None."""
+        """What was given to a notebook that has its record but not its end; else None.
+
+        Raises ValueError for a file that is none of begin()'s.
+        """
         if not self.path.is_file() or not self._record():
             return None
         found = read_json(self.path)
+        if not isinstance(found, dict) or found.keys() != {"given", "replaces"}:
+            raise ValueError(f"{self.path} is damaged: remove it")
         return found["given"] if found["replaces"] != self._record() else None
 
     def end(self) -> None:
