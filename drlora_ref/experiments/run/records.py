@@ -94,7 +94,7 @@ def check_output_dir(output_dir: str | Path, overwrite: bool = False) -> Path:
 
 
 def make_folder(folder: Path, name: str = "output_dir") -> Path:
-    """The folder that `name` stands for, made if need be; OSError if nothing can be written there."""
+    """The folder that `name` stands for, made if need be; OSError if it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
