@@ -433,6 +433,16 @@ def test_what_is_trained_whole_is_exported(whole, tmp_path):
     assert not torch.allclose(logits(base_model()), logits(model), atol=1e-2)
 
 
+@pytest.mark.parametrize("whole, inner", [
+    (["embeddings"], "roberta.embeddings.word_embeddings"), (["dense"], "classifier.dense"),
+    (["roberta.embeddings", "LayerNorm"], "roberta.embeddings.LayerNorm"),
+])  # fmt: skip
+def test_what_would_be_saved_twice_over_is_refused_by_name(whole, inner):
+    """PEFT would wrap it inside what it wraps already, and could not load what is saved of it."""
+    with pytest.raises(ValueError, match=rf"modules_to_save: {re.escape(inner)} has a name that"):
+        adapted(modules_to_save=whole)
+
+
 class Normed(nn.Module):
     """A batch norm keeps statistics, which a forward pass in training moves, frozen or not."""
 

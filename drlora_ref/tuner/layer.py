@@ -250,8 +250,8 @@ class AllocatorState(StaysFloat32):
         counted, self.dem_counted = self.dem_counted, set()
         if len(counted) > 1:
             raise ValueError(
-                f"DEM is twice in the loss of step {step}: {' and '.join(sorted(counted))} add it. "
-                "Under DynamicRankTrainer leave your own dem_loss() out"
+                f"DEM is twice in the loss of step {step}: {' and '.join(sorted(counted))} add it: "
+                "leave one of them out"
             )
         taken = any(layer.lora_c.grad is not None for layer in allocator.layers.values())
         if taken and not counted and not allocator.schedule.pruning_ended(step):
