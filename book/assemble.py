@@ -119,8 +119,9 @@ def _film() -> str:
 <input type="range" min="0" max="{len(words) - 1}" value="{len(words) - 1}" aria-label="frame of the film">
 <button type="button" data-do="on">On</button></form>
 <script type="application/json">{json.dumps(words)}</script>
-<figcaption>One run of the method: {p["model_name"]} on the task {p["task"]} ({record["steps"]} steps), b(0) = {p["init_r"]},
-b(T) = {p["target_r"]}, seed {p["seed"]}. The ranks end between {min(ranks)} and {max(ranks)};
+<figcaption>One run of the method: {p["model_name"]}, an encoder of six layers, learns to tell grammatical sentences from
+ungrammatical ones (task {p["task"]}, {record["steps"]} steps). Every matrix starts with b(0) = {p["init_r"]} components and keeps
+b(T) = {p["target_r"]} on average; seed {p["seed"]}. The ranks end between {min(ranks)} and {max(ranks)};
 {record["metric_name"].capitalize()} correlation {record["last"]:.3f}. A single seed: it shows how the method
 works, not how well.</figcaption>
 </figure>
