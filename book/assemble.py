@@ -101,9 +101,10 @@ def _film() -> str:
     assert events is not None
     words = []
     with Image.open(FILM / "film.gif") as gif:
-        pictures = list(ImageSequence.Iterator(gif))
-        for i, (step, mask) in enumerate(zip(events.steps, events.masks, strict=True)):
-            pictures[i].convert("P").save(frames / f"frame_{i:02d}.png", optimize=True)
+        shown = zip(ImageSequence.Iterator(gif), events.steps, events.masks, strict=True)
+        for i, (picture, step, mask) in enumerate(shown):
+            picture = picture.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+            picture.save(frames / f"frame_{i:02d}.png", optimize=True)
             words.append(
                 f"After step {step} of {record['total_steps']}: {int(mask.sum())} of {len(mask)} "
                 "components stay, sorted by score on the left, by matrix on the right"
@@ -117,13 +118,14 @@ def _film() -> str:
 <form hidden aria-label="the film"><button type="button" data-do="play">Play</button>
 <button type="button" data-do="back">Back</button>
 <input type="range" min="0" max="{len(words) - 1}" value="{len(words) - 1}" aria-label="frame of the film">
-<button type="button" data-do="on">On</button></form>
+<button type="button" data-do="on">Next</button></form>
 <script type="application/json">{json.dumps(words)}</script>
 <figcaption>One run of the method: {p["model_name"]}, an encoder of six layers, learns to tell grammatical sentences from
 ungrammatical ones (task {p["task"]}, {record["steps"]} steps). Every matrix starts with b(0) = {p["init_r"]} components and keeps
 b(T) = {p["target_r"]} on average; seed {p["seed"]}. The ranks end between {min(ranks)} and {max(ranks)};
-{record["metric_name"].capitalize()} correlation {record["last"]:.3f}. A single seed: it shows how the method
-works, not how well.</figcaption>
+{record["metric_name"].capitalize()} correlation {record["last"]:.3f}, where 0 is chance and 1 no error. Wq, Wk, Wv are the query,
+key and value of attention, Wo is its output, Wf1 and Wf2 are the two feed-forward matrices. A single seed: it shows how the
+method works, not how well.</figcaption>
 </figure>
 ```"""
 
