@@ -6,6 +6,7 @@ Sphinx then makes book/_build of them (`make book`). Nothing is executed: what t
 what the repository holds.
 """
 
+import ast
 import json
 import shutil
 from pathlib import Path
@@ -130,6 +131,9 @@ method works, not how well.</figcaption>
 ```"""
 
 
+OF_NOTEBOOKS = {"speed": "22", "decoder": "19"}  # which make these records themselves
+
+
 def _results() -> str:
     """Every record in results/: the runs in a table, the studies by their files."""
     rows = []
@@ -138,17 +142,25 @@ def _results() -> str:
         p, last = record["parameters"], record["last"]
         rows.append(
             f"| [{place.parts[1]}]({path.relative_to(ROOT)}) | {p['task']} | {p['model_name']} | "
-            f"{p['method']} | {record['seed']} | {record['steps']} | "
+            f"{p['method']} | {record['seed']} | {p['learning_rate']:g} | {p['batch_size']} | "
+            f"{record['steps']} | "
             f"{'' if last is None else f'{last:.3f}'} {record['metric_name']} | {record['status']} |"
         )
     studies = [
-        f"- [{path.name}](results/{path.name}), by `results/{path.stem}.py`"
-        if path.with_suffix(".py").exists()
-        else f"- [{path.name}](results/{path.name})"
+        f"- [{path.name}](results/{path.name}): {_what(path)}"
         for path in sorted((ROOT / "results").glob("*.json"))
     ]
     text = (BOOK / "results.md").read_text()
     return text.replace("@RUNS@", "\n".join(rows)).replace("@STUDIES@", "\n".join(studies))
+
+
+def _what(study: Path) -> str:
+    """What a study is, by the first line of the script that makes it; else which notebook does."""
+    script = study.with_suffix(".py")
+    if not script.exists():
+        return f"of notebook {OF_NOTEBOOKS[study.stem]}"
+    first, *_ = (ast.get_docstring(ast.parse(script.read_text())) or "").splitlines()
+    return f"{first[0].lower()}{first[1:].partition(': writes')[0].rstrip('.')} (`results/{script.name}`)"
 
 
 def _print() -> str:
