@@ -63,7 +63,7 @@ def trained(tmp_path):
     run = trainer(tmp_path / "run", adapted(dem_weight=0.0), learning_rate=0.05)
     run.train()
     model = run.model.eval()
-    first, second, *_ = model.base_model.layers().values()
+    first, second, *_ = model.base_model.adapted_layers().values()
     first.component_mask.fill_(False)
     first.lora_c.data.zero_()
     second.component_mask.fill_(True)

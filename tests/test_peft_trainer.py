@@ -70,7 +70,7 @@ def test_two_lines_make_a_trainer_script_dynamic_rank(tmp_path):
     assert run.model.peft_config["default"].total_step == T  # filled in
     ranks = run.model.rank_pattern()
     assert sum(ranks.values()) == 12 * 2 and len(set(ranks.values())) > 1
-    for layer in run.model.base_model.layers().values():
+    for layer in run.model.base_model.adapted_layers().values():
         assert not layer.lora_c[~layer.component_mask].any() and layer.lora_c.any()
 
 
@@ -106,7 +106,7 @@ def eight_rows(folder, accumulation: int, trainer_class=DynamicRankTrainer, **gi
     """A trainer whose first step is over the same eight rows, at components away from zero."""
     model = still(total_step=100, init_r=3, target_r=3, **given)
     torch.manual_seed(5)
-    for layer in model.base_model.layers().values():
+    for layer in model.base_model.adapted_layers().values():
         nn.init.normal_(layer.lora_c)
     settings = arguments(
         folder,

@@ -71,7 +71,7 @@ class DynamicRankCallback(TrainerCallback):
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         # Scores may need the gradients: before Trainer sets them to zero and counts the step.
         tuner, step = find_tuner(model), state.global_step + 1
-        if all(layer.lora_c.grad is None for layer in tuner.layers().values()):
+        if all(layer.lora_c.grad is None for layer in tuner.adapted_layers().values()):
             raise ValueError(f"no gradient reaches any component in step {step}: none is trained")
         tuner.update_and_allocate(step)
         # This step's evaluation comes after this call, so what was best through t_end is forgotten
