@@ -413,7 +413,8 @@ class DrLoraModel(BaseTuner):
         """Algorithm 1, lines 7-9: score, smooth and prune, after optimizer step global_step.
 
         Raises ValueError if steps are left out or repeated, if dem_weight is set and no gradient of
-        `dem_loss` was in the step or two add one, if no gradient reaches a layer, and as `allocator`.
+        `dem_loss` was in the step or two add one, if no gradient reaches a layer, and as
+        `allocator`.
         """
         memory, allocator = self.memory(adapter_name), self.allocator(adapter_name)
         if self.peft_config[self.one_adapter(adapter_name)].dem_weight:
