@@ -11,6 +11,7 @@ from fake_grid import write_grid, write_notebook
 from drlora_ref.experiments import given
 from drlora_ref.experiments.__main__ import main
 from drlora_ref.experiments.given import check_kind, check_name, nearest, read_yaml
+from drlora_ref.experiments.run.records import WRITTEN
 from drlora_ref.experiments.run.settings import Settings
 from drlora_ref.experiments.tasks.families import FAMILIES, Family
 
@@ -260,6 +261,30 @@ def test_an_output_folder_that_is_none_is_one_line_by_every_door(
         f"NotADirectoryError: {out} is not a folder: take another {another}\n"
     )
     assert Path("file").read_text() == "mine" and not Path("dangling").exists()
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("door", ["run", "notebook"])
+def test_a_folder_in_the_place_of_a_file_is_told_before_any_training(
+    door, name, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    write_notebook()
+    Path("out", name).mkdir(parents=True)
+    words = {"run": ["run", "out", *TINY], "notebook": ["notebook", "fake.ipynb", "out"]}[door]
+    assert main(words) == 1
+    told = capsys.readouterr().err
+    assert told == f"IsADirectoryError: out/{name} is a folder: take another output_dir\n"
+    assert [path.name for path in Path("out").iterdir()] == [name]
+
+
+def test_an_empty_name_is_no_output_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_notebook()
+    for words in (["run", "", *TINY], ["notebook", "fake.ipynb", ""]):
+        assert main(words) == 1
+        assert "output_dir is empty: expected a folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["fake.ipynb"]
 
 
 def test_the_tilde_is_home_by_every_door(tmp_path, monkeypatch, capsys):
