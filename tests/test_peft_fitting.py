@@ -85,6 +85,9 @@ REFUSED = {
         lambda: nn.ModuleDict({"query": nn.Linear(4, 4), "many": nn.ModuleList([nn.Linear(2, 2)])}),
         dict(target_modules=["query"], modules_to_save=["many"], task_type=None), {},
         TypeError, "cannot be applied to modules of type"),
+    "a module to be saved that is not there": (
+        base_model, dict(modules_to_save=["encodr"]), {},
+        ValueError, "modules_to_save: no module has a name that ends with 'encodr'"),
     "a task that is not the model's": (
         base_model, dict(task_type="CAUSAL_LM"), {},
         ValueError, "CAUSAL_LM' is for models that generate, and RobertaForSequenceClassification"),
