@@ -225,7 +225,7 @@ def test_language_models_divide_their_loss_and_classifiers_do_not(
         run = trainer_class(
             get_peft_model(base, config), arguments(tmp_path, **settings), train_dataset=data
         )
-        for layer in run.model.base_model.layers().values():
+        for layer in run.model.base_model.adapted_layers().values():
             nn.init.ones_(layer.lora_c)
         gradients.append(first_gradient(run))
     for name, whole in gradients[0].items():

@@ -48,7 +48,8 @@ def whole_modules(model: nn.Module, config: DynamicRankConfig) -> list[str]:
         heads = [h for h in heads if any(in_head(name, [h]) for name in new_modules(model))]
     found = {part for head in heads for part in wrappable(model, head, ends)}
     named = [name for name, _ in model.named_modules()]
-    for name in set(config.modules_to_save or ()).difference(ends):  # PEFT adds `ends` itself
+    added = TRAINED_BY_PEFT.values()  # PEFT adds these itself, for whatever model
+    for name in set(config.modules_to_save or ()).difference(*added):
         if not any(n.endswith(name) for n in named):
             raise ValueError(f"modules_to_save: no module has a name that ends with {name!r}")
     found |= {n for n in named if n.endswith(tuple(config.modules_to_save or ()))}
