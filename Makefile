@@ -82,6 +82,7 @@ film: $(READY)
 # The book: book/_build/html/index.html, which needs no server and loads nothing from elsewhere.
 book: export OMP_NUM_THREADS = 1
 book: $(READY)
+	rm -rf book/_build/html
 	$(BIN)/python book/assemble.py
 	$(BIN)/python -m sphinx -q -W -b html -d book/_build/doctrees -c book book/_source book/_build/html
 

@@ -6,6 +6,7 @@ Sphinx then makes book/_build of them (`make book`). Nothing is executed: what t
 what the repository holds.
 """
 
+import ast
 import json
 import shutil
 from pathlib import Path
@@ -101,9 +102,10 @@ def _film() -> str:
     assert events is not None
     words = []
     with Image.open(FILM / "film.gif") as gif:
-        pictures = list(ImageSequence.Iterator(gif))
-        for i, (step, mask) in enumerate(zip(events.steps, events.masks, strict=True)):
-            pictures[i].convert("P").save(frames / f"frame_{i:02d}.png", optimize=True)
+        shown = zip(ImageSequence.Iterator(gif), events.steps, events.masks, strict=True)
+        for i, (picture, step, mask) in enumerate(shown):
+            picture = picture.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+            picture.save(frames / f"frame_{i:02d}.png", optimize=True)
             words.append(
                 f"After step {step} of {record['total_steps']}: {int(mask.sum())} of {len(mask)} "
                 "components stay, sorted by score on the left, by matrix on the right"
@@ -117,14 +119,19 @@ def _film() -> str:
 <form hidden aria-label="the film"><button type="button" data-do="play">Play</button>
 <button type="button" data-do="back">Back</button>
 <input type="range" min="0" max="{len(words) - 1}" value="{len(words) - 1}" aria-label="frame of the film">
-<button type="button" data-do="on">On</button></form>
+<button type="button" data-do="on">Next</button></form>
 <script type="application/json">{json.dumps(words)}</script>
-<figcaption>One run of the method: {p["model_name"]} on the task {p["task"]} ({record["steps"]} steps), b(0) = {p["init_r"]},
-b(T) = {p["target_r"]}, seed {p["seed"]}. The ranks end between {min(ranks)} and {max(ranks)};
-{record["metric_name"].capitalize()} correlation {record["last"]:.3f}. A single seed: it shows how the method
-works, not how well.</figcaption>
+<figcaption>One run of the method: {p["model_name"]}, an encoder of six layers, learns to tell grammatical sentences from
+ungrammatical ones (task {p["task"]}, {record["steps"]} steps). Every matrix starts with b(0) = {p["init_r"]} components and keeps
+b(T) = {p["target_r"]} on average; seed {p["seed"]}. The ranks end between {min(ranks)} and {max(ranks)};
+{record["metric_name"].capitalize()} correlation {record["last"]:.3f}, where 0 is chance and 1 no error. Wq, Wk, Wv are the query,
+key and value of attention, Wo is its output, Wf1 and Wf2 are the two feed-forward matrices. A single seed: it shows how the
+method works, not how well.</figcaption>
 </figure>
 ```"""
+
+
+OF_NOTEBOOKS = {"speed": "22", "decoder": "19"}  # which make these records themselves
 
 
 def _results() -> str:
@@ -135,17 +142,25 @@ def _results() -> str:
         p, last = record["parameters"], record["last"]
         rows.append(
             f"| [{place.parts[1]}]({path.relative_to(ROOT)}) | {p['task']} | {p['model_name']} | "
-            f"{p['method']} | {record['seed']} | {record['steps']} | "
+            f"{p['method']} | {record['seed']} | {p['learning_rate']:g} | {p['batch_size']} | "
+            f"{record['steps']} | "
             f"{'' if last is None else f'{last:.3f}'} {record['metric_name']} | {record['status']} |"
         )
     studies = [
-        f"- [{path.name}](results/{path.name}), by `results/{path.stem}.py`"
-        if path.with_suffix(".py").exists()
-        else f"- [{path.name}](results/{path.name})"
+        f"- [{path.name}](results/{path.name}): {_what(path)}"
         for path in sorted((ROOT / "results").glob("*.json"))
     ]
     text = (BOOK / "results.md").read_text()
     return text.replace("@RUNS@", "\n".join(rows)).replace("@STUDIES@", "\n".join(studies))
+
+
+def _what(study: Path) -> str:
+    """What a study is, by the first line of the script that makes it; else which notebook does."""
+    script = study.with_suffix(".py")
+    if not script.exists():
+        return f"of notebook {OF_NOTEBOOKS[study.stem]}"
+    first, *_ = (ast.get_docstring(ast.parse(script.read_text())) or "").splitlines()
+    return f"{first[0].lower()}{first[1:].partition(': writes')[0].rstrip('.')} (`results/{script.name}`)"
 
 
 def _print() -> str:

@@ -210,9 +210,11 @@ def test_the_film_is_stepped_through(page):
     opened.keyboard.press("Home")
     first = image.get_attribute("alt")
     assert first != last and "216 of 216" in first
-    opened.get_by_role("button", name="On").click()
+    opened.get_by_role("button", name="Next").click()
     assert image.get_attribute("alt") not in (first, last)
     assert image.evaluate("(i) => i.decode().then(() => i.naturalWidth)") == 800
+    frames = [path.read_bytes() for path in (BUILD / "_static" / "film").glob("frame_*.png")]
+    assert len(set(frames)) == len(frames) == int(slider.get_attribute("max")) + 1
 
 
 SCHEDULES = [

@@ -63,7 +63,7 @@ def trained(tmp_path):
     run = trainer(tmp_path / "run", adapted(dem_weight=0.0), learning_rate=0.05)
     run.train()
     model = run.model.eval()
-    first, second, *_ = model.base_model.layers().values()
+    first, second, *_ = model.base_model.adapted_layers().values()
     first.component_mask.fill_(False)
     first.lora_c.data.zero_()
     second.component_mask.fill_(True)
@@ -436,6 +436,16 @@ def test_what_is_trained_whole_is_exported(whole, tmp_path):
     export_lora(model, tmp_path / "out")
     assert_same_logits(loaded(tmp_path / "out"), model)
     assert not torch.allclose(logits(base_model()), logits(model), atol=1e-2)
+
+
+@pytest.mark.parametrize("whole, inner", [
+    (["embeddings"], "roberta.embeddings.word_embeddings"), (["dense"], "classifier.dense"),
+    (["roberta.embeddings", "LayerNorm"], "roberta.embeddings.LayerNorm"),
+])  # fmt: skip
+def test_what_would_be_saved_twice_over_is_refused_by_name(whole, inner):
+    """PEFT would wrap it inside what it wraps already, and could not load what is saved of it."""
+    with pytest.raises(ValueError, match=rf"modules_to_save: {re.escape(inner)} has a name that"):
+        adapted(modules_to_save=whole)
 
 
 class Normed(nn.Module):

@@ -11,6 +11,7 @@ from fake_grid import write_grid, write_notebook
 from drlora_ref.experiments import given
 from drlora_ref.experiments.__main__ import main
 from drlora_ref.experiments.given import check_kind, check_name, nearest, read_yaml
+from drlora_ref.experiments.run.records import WRITTEN
 from drlora_ref.experiments.run.settings import Settings
 from drlora_ref.experiments.tasks.families import FAMILIES, Family
 
@@ -213,14 +214,77 @@ HOME = {
 }  # fmt: skip
 
 
+NO_PATHS = {
+    "~nobody-at-all": "there is no such home folder",
+    "caf\udce9": "'caf\\udce9/x{}': the name is not UTF-8",  # é of Latin-1, as Python has it
+}
+
+
+@pytest.mark.parametrize("name", NO_PATHS)
 @pytest.mark.parametrize("door", HOME)
-def test_a_home_that_nobody_has_is_one_line_by_every_door(door, tmp_path, monkeypatch, capsys):
+def test_what_can_be_no_path_is_one_line_by_every_door(door, name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_notebook()
     write_grid()
-    assert main(HOME[door]) == 1
-    assert "there is no such home folder" in capsys.readouterr().err
-    assert not list(tmp_path.glob("~*"))
+    assert main([word.replace("~nobody-at-all", name) for word in HOME[door]]) == 1
+    error = capsys.readouterr().err
+    ends = [NO_PATHS[name].format(end) for end in ("", ".yaml", ".ipynb")]
+    assert any(end in error for end in ends) and error.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} <= {"fake.ipynb", "grid.yaml", "out"}
+
+
+def occupied(name: str) -> str:
+    """Something of that kind in the current folder, which is no place for an output."""
+    Path("file").write_text("mine")
+    Path("link").symlink_to("file")
+    Path("dangling").symlink_to("nowhere/at/all")
+    Path("loop").symlink_to("loop")
+    return {"below": "file/a/b"}.get(name, name)
+
+
+@pytest.mark.parametrize("name", ["file", "below", "link", "dangling", "loop"])
+@pytest.mark.parametrize("door", ["run", "notebook", "grid"])
+def test_an_output_folder_that_is_none_is_one_line_by_every_door(
+    door, name, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    write_notebook()
+    out = occupied(name)
+    words = {
+        "run": ["run", out, *TINY],
+        "notebook": ["notebook", "fake.ipynb", out],
+        "grid": ["grid", write_grid(), "--out", out],
+    }[door]
+    another = "--out" if door == "grid" else "output_dir"
+    assert main(words) == 1
+    assert capsys.readouterr().err == (
+        f"NotADirectoryError: {out} is not a folder: take another {another}\n"
+    )
+    assert Path("file").read_text() == "mine" and not Path("dangling").exists()
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("door", ["run", "notebook"])
+def test_a_folder_in_the_place_of_a_file_is_told_before_any_training(
+    door, name, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    write_notebook()
+    Path("out", name).mkdir(parents=True)
+    words = {"run": ["run", "out", *TINY], "notebook": ["notebook", "fake.ipynb", "out"]}[door]
+    assert main(words) == 1
+    told = capsys.readouterr().err
+    assert told == f"IsADirectoryError: out/{name} is a folder: take another output_dir\n"
+    assert [path.name for path in Path("out").iterdir()] == [name]
+
+
+def test_an_empty_name_is_no_output_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_notebook()
+    for words in (["run", "", *TINY], ["notebook", "fake.ipynb", ""]):
+        assert main(words) == 1
+        assert "output_dir is empty: expected a folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["fake.ipynb"]
 
 
 def test_the_tilde_is_home_by_every_door(tmp_path, monkeypatch, capsys):

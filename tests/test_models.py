@@ -447,6 +447,10 @@ DAMAGED |= {  # config.json may hold what JSON does not have
 }
 DAMAGED["no inputs"] = (entry("model_input_names", {}, "tokenizer_config.json"),
                         "the tokenizer cannot be read")  # fmt: skip
+DAMAGED |= {  # the codes of a quantised model, without what they stand for
+    f"weights of {dtype}": (holding(1, dtype), "output.dense.weight is stored as")
+    for dtype in (torch.int8, torch.int64, torch.bool, torch.uint8, torch.float8_e4m3fn)
+}
 WRONG_KIND = {"hidden_size": "32", "num_hidden_layers": 2.5, "layer_norm_eps": "x",
               "pad_token_id": [], "max_position_embeddings": None,
               "hidden_dropout_prob": "much"}  # fmt: skip

@@ -119,12 +119,14 @@ CASES += [(k, g) for k in ("in a step", "after the first record") for g in GROWN
 def test_a_pack_that_was_killed_is_finished_as_it_was_begun(kill, grown, whole, monkeypatch):
     killed(monkeypatch, *KILLS[kill])
     seeds, replicas = GROWN[grown]
+    for folder in Path("out").glob("seed*"):
+        (folder / ".unfinished-1234").touch()  # half of a file, of an earlier kill
     assert grid("out", seeds, replicas) == 0
     found = {record["key"]: record for record in records_in("out").values()}
     assert {key: found[key] for key in whole[3]} == whole[3]
     assert len(found) == len({0, 1, 2, *seeds})
     if kill != "before the checkpoint goes":
-        assert not list(Path("out").glob("*/checkpoint.pt"))
+        assert not [*Path("out").glob("*/checkpoint.pt"), *Path("out").glob("*/.unfinished-*")]
     before = records_in("out")
     assert grid("out", seeds, replicas) == 0 and records_in("out") == before
 
@@ -176,6 +178,18 @@ def test_a_run_that_cannot_be_set_up_costs_none_of_the_others(capsys):
     assert "rank 33: " in out and "can have 32 at most" in out
     assert "2 done, 0 skipped, 0 from other code, 1 failed" in out
     assert sorted(record["seed"] for record in records_in("out").values()) == [0, 2]
+
+
+def test_seeds_that_draw_other_texts_of_squad_are_not_packed(capsys):
+    """A text is a window or several: the runs would have batches of unequal size."""
+    squad = dict(task="squad_v1", train_size=24, batch_size=4, max_length=64, stride=16)
+    vary = {"seed": [0, 1], "score": ["frobenius_share", "abs_c"]}
+    Path("grid.yaml").write_text(json.dumps({"parameters": GIVEN | squad, "vary": vary}))
+    assert run_grid("grid.yaml", "out", replicas=4) == 0
+    assert [record["replicas"] for record in records_in("out").values()] == [2] * 4
+    runs = [tiny(f"other{seed}", seed=seed, **OWN | squad) for seed in (0, 1)]
+    with pytest.raises(ValueError, match=r"differ in seed: 0 and 1; they may differ in method, in"):
+        run_replicas(runs)
 
 
 def test_a_record_of_another_run_is_kept_and_the_others_are_written(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from trainer_script import adapted, base_model, token_ids
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaModel,
     Wav2Vec2Config,
     Wav2Vec2ForSequenceClassification,
     WavLMConfig,
@@ -56,9 +57,13 @@ class Gate(nn.Module):
         return self.gate(self.query(x))
 
 
-def tied():
+def tiny_llama(**config):
     sizes = dict(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True))
+    return LlamaConfig(**sizes, num_attention_heads=2, **config)
+
+
+def tied():
+    return LlamaForCausalLM(tiny_llama(tie_word_embeddings=True))
 
 
 class Spread(nn.Module):
@@ -80,6 +85,9 @@ REFUSED = {
         lambda: nn.ModuleDict({"query": nn.Linear(4, 4), "many": nn.ModuleList([nn.Linear(2, 2)])}),
         dict(target_modules=["query"], modules_to_save=["many"], task_type=None), {},
         TypeError, "cannot be applied to modules of type"),
+    "a module to be saved that is not there": (
+        base_model, dict(modules_to_save=["encodr"]), {},
+        ValueError, "modules_to_save: no module has a name that ends with 'encodr'"),
     "a task that is not the model's": (
         base_model, dict(task_type="CAUSAL_LM"), {},
         ValueError, "CAUSAL_LM' is for models that generate, and RobertaForSequenceClassification"),
@@ -120,7 +128,7 @@ def test_a_model_that_is_refused_is_as_it_was(case):
         get_peft_model(model, config, **given)
     assert state_of(model) == before
     if make is base_model:  # and may be adapted
-        assert len(adapted(model).base_model.layers()) == 12
+        assert len(adapted(model).base_model.adapted_layers()) == 12
 
 
 @pytest.mark.parametrize("given", [
@@ -202,6 +210,13 @@ def test_a_wrapped_model_is_to_be_wrapped_afterwards():
             get_peft_model(wrapped, config)
 
 
+def test_what_the_base_model_calls_its_own_is_reached_through_the_tuner():
+    base = LlamaModel(tiny_llama())
+    own = {name: getattr(base, name) for name in ("layers", "embed_tokens", "norm")}
+    model = get_peft_model(base, DynamicRankConfig(task_type="FEATURE_EXTRACTION"))
+    assert all(getattr(model, name) is part for name, part in own.items())
+
+
 def test_compiled_parts_leave_no_trace_in_the_names(tmp_path):
     """Compiled before it was adapted, or after it was trained."""
 
@@ -210,8 +225,8 @@ def test_compiled_parts_leave_no_trace_in_the_names(tmp_path):
         layers[0] = torch.compile(layers[0], backend="eager")
         return model
 
-    names = list(adapted().base_model.layers())
-    assert list(adapted(compile_a_part(base_model())).base_model.layers()) == names
+    names = list(adapted().base_model.adapted_layers())
+    assert list(adapted(compile_a_part(base_model())).base_model.adapted_layers()) == names
     model = train(adapted(total_step=12, dem_weight=0.0))
     expected, ranks = logits(model), model.rank_pattern()
     compile_a_part(model.get_base_model())

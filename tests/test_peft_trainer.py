@@ -70,7 +70,7 @@ def test_two_lines_make_a_trainer_script_dynamic_rank(tmp_path):
     assert run.model.peft_config["default"].total_step == T  # filled in
     ranks = run.model.rank_pattern()
     assert sum(ranks.values()) == 12 * 2 and len(set(ranks.values())) > 1
-    for layer in run.model.base_model.layers().values():
+    for layer in run.model.base_model.adapted_layers().values():
         assert not layer.lora_c[~layer.component_mask].any() and layer.lora_c.any()
 
 
@@ -106,7 +106,7 @@ def eight_rows(folder, accumulation: int, trainer_class=DynamicRankTrainer, **gi
     """A trainer whose first step is over the same eight rows, at components away from zero."""
     model = still(total_step=100, init_r=3, target_r=3, **given)
     torch.manual_seed(5)
-    for layer in model.base_model.layers().values():
+    for layer in model.base_model.adapted_layers().values():
         nn.init.normal_(layer.lora_c)
     settings = arguments(
         folder,
@@ -182,6 +182,13 @@ def test_trainer_alone_still_multiplies_the_gradient_of_a_roberta_classifier(tmp
     )
 
 
+class KeepsTheCount(DynamicRankTrainer):
+    """Its compute_loss does not hand on the number of labels that all batches of a step have."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        return super().compute_loss(model, inputs, return_outputs)
+
+
 TINY_LLAMA = LlamaConfig(
     vocab_size=50,
     hidden_size=16,
@@ -199,8 +206,9 @@ TINY_LLAMA = LlamaConfig(
         (LlamaForSequenceClassification, "SEQ_CLS", False),  # calls loss_function, passes nothing
     ],
 )
+@pytest.mark.parametrize("trainer_class", [DynamicRankTrainer, KeepsTheCount])
 def test_language_models_divide_their_loss_and_classifiers_do_not(
-    model_class, task, divides, tmp_path
+    model_class, task, divides, trainer_class, tmp_path
 ):
     ids = trainer_script.token_ids(8)
     labels = ids if task == "CAUSAL_LM" else (ids[:, 0] > 25).long()
@@ -210,12 +218,15 @@ def test_language_models_divide_their_loss_and_classifiers_do_not(
         torch.manual_seed(0)
         base = model_class(TINY_LLAMA)
         assert divides_its_loss(base) == divides
-        config = DynamicRankConfig(init_r=3, target_r=3, task_type=task, lora_dropout=0.0)
+        given = dict(task_type=task, lora_dropout=0.0, dem_weight=0.3)
+        config = DynamicRankConfig(init_r=3, target_r=3, **given)
         settings = dict(per_device_train_batch_size=8 // k, gradient_accumulation_steps=k)
         settings |= dict(train_sampling_strategy="sequential", max_steps=10, max_grad_norm=0)
-        run = DynamicRankTrainer(
+        run = trainer_class(
             get_peft_model(base, config), arguments(tmp_path, **settings), train_dataset=data
         )
+        for layer in run.model.base_model.adapted_layers().values():
+            nn.init.ones_(layer.lora_c)
         gradients.append(first_gradient(run))
     for name, whole in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], whole, atol=1e-6, rtol=1e-4)
@@ -672,6 +683,54 @@ def test_a_loss_of_ones_own_that_has_dem_in_it_trains(trainer_class, accumulatio
     assert sum(run.model.rank_pattern().values()) == 24
 
 
+class AddsDemAgain(DynamicRankTrainer):
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs) + 0.3 * self.model.dem_loss()
+
+
+class AddsDemAfterTheStep(DynamicRankTrainer):
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        (0.3 * self.model.base_model.dem_loss()).backward()
+        return loss
+
+
+class AddsDemInItsFunction(DynamicRankTrainer):
+    def compute_loss_func(self, outputs, labels, num_items_in_batch):
+        return summed_loss(outputs, labels, num_items_in_batch) + 0.3 * self.model.dem_loss()
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, compute_loss_func=self.compute_loss_func, **kwargs)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("trainer_class", [AddsDemAgain, AddsDemAfterTheStep, AddsDemInItsFunction])
+def test_dem_that_is_added_a_second_time_is_an_error_at_the_first_step(
+    trainer_class, accumulation, tmp_path
+):
+    given = arguments(tmp_path, gradient_accumulation_steps=accumulation)
+    run = trainer_class(adapted(), given, train_dataset=rows())
+    message = "DEM is twice in the loss of step 1: DynamicRankTrainer and a loss of your own add it"
+    with pytest.raises(ValueError, match=message):
+        run.train()
+
+
+class TakesTheMeanOfTwo(DynamicRankTrainer):
+    """As R-Drop does it, which compares two passes."""
+
+    def compute_loss(self, model, inputs, **kwargs):
+        return sum(super(type(self), self).compute_loss(model, inputs, **kwargs) / 2 for _ in "ab")
+
+
+def test_dem_in_both_halves_of_a_mean_counts_once(tmp_path):
+    one, mean = (
+        first_gradient(eight_rows(tmp_path, 2, trainer_class, dem_weight=0.7))
+        for trainer_class in (DynamicRankTrainer, TakesTheMeanOfTwo)
+    )
+    for name, gradient in one.items():
+        torch.testing.assert_close(mean[name], gradient, atol=1e-6, rtol=1e-4)
+
+
 def test_a_loop_of_ones_own_that_forgets_dem_is_stopped():
     model = adapted(total_step=12)
     ids = trainer_script.token_ids(8)
@@ -741,6 +800,43 @@ def test_the_last_whole_checkpoint_is_taken_and_it_says_so(name, share, checkpoi
     named = str(checkpoints / "checkpoint-12")  # as get_last_checkpoint finds it
     with pytest.warns(UserWarning, match="resuming from checkpoint-4"):
         assert last_whole(str(checkpoints), named) == str(checkpoints / "checkpoint-4")
+
+
+def flip(content: bytes, at: float) -> bytes:
+    """The same with one bit flipped, at this share of its length."""
+    changed = bytearray(content)
+    changed[int(at * len(content))] ^= 4
+    return bytes(changed)
+
+
+DAMAGE = {
+    "a bit": lambda content: flip(content, 0.6),
+    "a bit near the end": lambda content: flip(content, 0.95),
+    "zeros": lambda content: content[: len(content) // 2] + bytes(len(content) - len(content) // 2),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", *FILES[2:5], "trainer_state.json"])
+def test_a_checkpoint_that_was_changed_since_is_passed_over_and_it_says_so(
+    name, damage, checkpoints
+):
+    path = checkpoints / "checkpoint-12" / name
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    with pytest.warns(
+        UserWarning, match=rf"{name} is (damaged|cut off)\): resuming from check.*-8"
+    ):
+        assert last_whole(str(checkpoints), True) == str(checkpoints / "checkpoint-8")
+
+
+def test_a_number_in_a_checkpoint_that_is_another_now_is_noticed(checkpoints):
+    """... and JSON still; an older checkpoint, without checksums, is taken as it is."""
+    path = checkpoints / "checkpoint-12" / "trainer_state.json"
+    path.write_text(path.read_text().replace('"global_step": 12', '"global_step": 13'))
+    with pytest.warns(UserWarning, match=r"trainer_state\.json is damaged\): resuming"):
+        last_whole(str(checkpoints), True)
+    (checkpoints / "checkpoint-12" / "checksums.json").unlink()
+    assert last_whole(str(checkpoints), True) is True
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name[-4:] not in (".bin", "json")])

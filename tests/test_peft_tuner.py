@@ -164,7 +164,7 @@ def test_merged_adapters_can_be_taken_apart_again(trained):
 
 
 def test_safe_merge_refuses_a_weight_that_is_not_finite(trained):
-    next(iter(trained.base_model.layers().values())).lora_A.data.fill_(float("inf"))
+    next(iter(trained.base_model.adapted_layers().values())).lora_A.data.fill_(float("inf"))
     with pytest.raises(ValueError, match="adapter 'default': the merged weight has NaN"):
         trained.merge_and_unload(safe_merge=True)
 
@@ -213,16 +213,21 @@ def test_several_active_adapters_must_be_told_apart():
 
 
 def test_all_linear_adapts_the_encoder_and_leaves_the_head():
-    names = list(adapted(target_modules="all-linear").base_model.layers())
+    names = list(adapted(target_modules="all-linear").base_model.adapted_layers())
     assert len(names) == 12 and not [name for name in names if "classifier" in name]
 
 
 def test_targets_can_be_a_pattern_a_list_or_indices_of_layers():
     by_pattern = adapted(target_modules=r".*layer\.1\..*query", exclude_modules=None)
-    assert list(by_pattern.base_model.layers()) == ["roberta.encoder.layer.1.attention.self.query"]
+    assert list(by_pattern.base_model.adapted_layers()) == [
+        "roberta.encoder.layer.1.attention.self.query"
+    ]
     by_list = adapted(target_modules=["query", "key"], exclude_modules=["key"])
-    assert len(by_list.base_model.layers()) == 2
-    assert len(adapted(target_modules=["query"], layers_to_transform=[1]).base_model.layers()) == 1
+    assert len(by_list.base_model.adapted_layers()) == 2
+    assert (
+        len(adapted(target_modules=["query"], layers_to_transform=[1]).base_model.adapted_layers())
+        == 1
+    )
 
 
 def test_other_modules_can_be_trained_whole():
@@ -238,7 +243,7 @@ def test_gradient_checkpointing_changes_no_gradient():
             base.gradient_checkpointing_enable({"use_reentrant": False})
         model = adapted(base, lora_dropout=0.0).train()
         torch.manual_seed(0)
-        for layer in model.base_model.layers().values():
+        for layer in model.base_model.adapted_layers().values():
             nn.init.normal_(layer.lora_c)
         model(**batch()).loss.backward()
         return [p.grad for p in model.parameters() if p.requires_grad]
@@ -249,7 +254,9 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 def test_a_bfloat16_model_trains_its_components_in_float32():
     model = adapted(base_model().to(torch.bfloat16), total_step=STEPS)
-    assert {layer.lora_A.dtype for layer in model.base_model.layers().values()} == {torch.float32}
+    assert {layer.lora_A.dtype for layer in model.base_model.adapted_layers().values()} == {
+        torch.float32
+    }
     assert model.base_model.dynamic_rank_state.default.ema.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         losses = train(model)
@@ -327,7 +334,7 @@ def test_a_loop_that_goes_on_after_its_last_step_is_stopped():
 
 def test_a_component_that_came_back_after_the_end_cannot_be_merged(trained):
     """Who stops calling the allocator after the last event leaves pruned components training."""
-    for layer in trained.base_model.layers().values():
+    for layer in trained.base_model.adapted_layers().values():
         layer.lora_c.data += 0.1
     with pytest.raises(ValueError, match="a component that was pruned is not zero"):
         trained.merge_and_unload()
@@ -368,7 +375,7 @@ def test_a_refused_target_leaves_the_model_as_it_was():
     with pytest.raises(TypeError, match=r"LayerNorm is LayerNorm; only nn\.Linear"):
         adapted(base, target_modules=["query", "layer.1.output.LayerNorm"])
     assert not [m for m in base.modules() if isinstance(m, BaseTunerLayer)]
-    assert len(adapted(base, target_modules=["query"]).base_model.layers()) == 2
+    assert len(adapted(base, target_modules=["query"]).base_model.adapted_layers()) == 2
 
 
 def test_a_model_spread_over_devices_is_refused():
@@ -515,7 +522,7 @@ def test_components_that_fsdp2_has_cut_are_refused():
 
 def test_components_that_zero_3_has_cut_are_refused():
     model = adapted(total_step=STEPS)
-    last = list(model.base_model.layers().values())[-1]
+    last = list(model.base_model.adapted_layers().values())[-1]
     last.lora_A.ds_id = 3  # as DeepSpeed marks it
     with pytest.raises(ValueError, match="is sharded: FSDP and DeepSpeed shard the components"):
         model.update_and_allocate(1)

@@ -188,6 +188,26 @@ MALFORMED = {
     "{notebook: fake.ipynb, cost: {steps: 3}}": "cost needs optimizer_steps, gpu_hours, basis",
     "{notebook: fake.ipynb, best_of: {folder: x}}": "best_of needs folder, parameter, by, not",
     "{notebook: fake.ipynb, cost: {optimizer_steps: 1e6, gpu_hours: 1, basis: none}}": "'1e6'",
+    "{notebook: fake.ipynb, cost: {optimizer_steps: true, gpu_hours: 1, basis: x}}": "cost needs",
+    "{notebook: fake.ipynb, cost: {optimizer_steps: -1, gpu_hours: 1, basis: x}}": "cost needs",
+    "{notebook: fake.ipynb, cost: {optimizer_steps: 1, gpu_hours: .nan, basis: x}}": "cost needs",
+    "{notebook: fake.ipynb, cost: {optimizer_steps: 1, gpu_hours: .inf, basis: x}}": "cost needs",
+    "{notebook: fake.ipynb, best_of: {folder: x, parameter: []}}": "best_of needs folder, param",
+    "{notebook: fake.ipynb, best_of: {folder: x, parameter: [[seed]]}}": "best_of needs folder",
+    "{notebook: fake.ipynb, best_of: {folder: x, parameter: {seed: 1}}}": "best_of needs folder",
+    "{notebook: fake.ipynb, best_of: {folder: x, parameter: learning_rate, by: []}}":
+        "best_of needs folder, parameter, by, not",
+    "{notebook: fake.ipynb, best_of: {folder: x, parameter: learning_rate, by: [[task]]}}":
+        "best_of needs folder, parameter, by, not",
+    "{notebook: fake.ipynb, best_of: {folder: x, parameter: learning_rate, by: [1]}}":
+        "best_of needs folder, parameter, by, not",
+    "{notebook: fake.ipynb, best_of: {folder: x, parameter: seed}}": "cannot choose seed",
+    "{notebook: fake.ipynb, best_of: {folder: x, parameter: [learning_rate, method]}}":
+        "best_of cannot choose method: a parameter is chosen for each of what `by` names",
+    "{notebook: fake.ipynb, slurm: {partition: [gpu]}}": "partition = ['gpu'] must be a word or a",
+    "{notebook: fake.ipynb, slurm: {mem_gb: .nan}}": "mem_gb = nan must be a word or a whole",
+    "{notebook: fake.ipynb, slurm: {qos: }}": "qos = None must be a word or a whole number",
+    "{notebook: fake.ipynb, slurm: {gpus_per_node: on}}": "gpus_per_node = True must be a word",
     "{notebook: fake.ipynb, vary: {task: [[cola, rte]]}}": "['cola', 'rte'] must be a word, a numb",
     "{notebook: fake.ipynb, cases: [{seed: }]}": "None must be a word, a number, true or false",
     "{notebook: fake.ipynb, slurm: {partion: gpu}}": "slurm has no 'partion' (nearest: partition)",

@@ -138,6 +138,16 @@ def test_a_record_that_is_to_be_replaced_is_none_of_the_notebooks_own(here):
     assert pending.given() is None
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "3", '{"given": []}'])
+def test_a_note_of_a_pending_notebook_that_is_damaged_is_one_line(text, here, capsys):
+    Path("out").mkdir()
+    Path("out", "record.json").write_text("{}")
+    Path("out", ".notebook").write_text(text)
+    assert main(["notebook", notebook("book.ipynb", RECORD), "out"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("ValueError: out/.notebook") and error.count("\n") == 1
+
+
 def own_source(folder: Path) -> None:
     (folder / "book.ipynb").symlink_to("../book.ipynb")
 

@@ -77,9 +77,6 @@ REPLACE = {
     "dynamic_rank_state": "drlora_state",
     'prefix = "dynamic_rank_"': 'prefix = "drlora_"',
     "self.peft_type = DYNAMIC_RANK": "self.peft_type = PeftType.DRLORA",
-    # a model's own `layers` is reached through the tuner
-    "def layers(": "def adapted_layers(",
-    "self.layers(": "self.adapted_layers(",
     # PEFT's tests want an adapter that is not the identity
     'metadata={"help": "their list"})\n': 'metadata={"help": "their list"})\n'
     '    init_weights: bool = field(default=True, metadata={"help": "False: start with a random update"})\n',

@@ -131,6 +131,10 @@ def place(path: str | Path) -> Path:
     if "\0" in str(path):
         raise ValueError(f"{shown(str(path))}: there is no such path")
     try:
+        str(path).encode()
+    except UnicodeEncodeError:  # a record could not name it
+        raise ValueError(f"{shown(str(path))}: the name is not UTF-8, take another") from None
+    try:
         return Path(path).expanduser()
     except RuntimeError:
         raise ValueError(f"{screen(path)}: there is no such home folder") from None

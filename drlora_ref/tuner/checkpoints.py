@@ -1,6 +1,11 @@
-"""Which checkpoint of a Trainer to resume from: a kill may have left the last one half-written."""
+"""Which checkpoint of a Trainer to resume from: a kill may have left the last one half-written.
 
+So may a disk have changed it since: what a training goes on from has its checksums beside it.
+"""
+
+import hashlib
 import json
+import os
 import re
 import warnings
 import zipfile
@@ -8,6 +13,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import get_last_checkpoint
+
+CHECKSUMS = "checksums.json"
+SUMMED = ("**/adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "scaler.pt",
+          "rng_state.pth", "trainer_state.json")  # fmt: skip
 
 
 def last_whole(output_dir: str, wanted: str | bool) -> str | bool:
@@ -30,11 +39,11 @@ def last_whole(output_dir: str, wanted: str | bool) -> str | bool:
 
 
 def incomplete(checkpoint: Path) -> str:
-    """What tells that the writing of a checkpoint was not finished: a file and its state; or "".
+    """What tells that a checkpoint is not as it should have been written: a file, its state; or "".
 
     trainer_state.json is written last. And a file that was cut off shows it: JSON does not parse, a
     safetensors file is shorter than its head says, and what torch.save writes is a zip archive,
-    whose table of contents comes last.
+    whose table of contents comes last. A file that was changed later is not that of its checksum.
     """
     training = ["optimizer.pt", "scheduler.pt", "rng_state*.pth"]
     if not any(any(checkpoint.glob(pattern)) for pattern in training):
@@ -53,7 +62,29 @@ def incomplete(checkpoint: Path) -> str:
                 return f"{path.name} is cut off"
         except (ValueError, SafetensorError):
             return f"{path.name} is cut off"
-    return ""
+    sums, path = _checksums(checkpoint), checkpoint / CHECKSUMS
+    noted = json.loads(path.read_bytes()) if path.exists() else sums  # none in an older one
+    changed = [name for name in sums if sums[name] != noted.get(name)]
+    return f"{changed[0]} is damaged" if changed else ""
+
+
+def write_checksums(checkpoint: Path) -> None:
+    """Note what is in the files of a checkpoint that a training goes on from.
+
+    Other processes may be writing still, so their random numbers are not among them.
+    """
+    unfinished = checkpoint / f".unfinished-{CHECKSUMS}"
+    unfinished.write_text(json.dumps(_checksums(checkpoint), indent=2))
+    os.replace(unfinished, checkpoint / CHECKSUMS)
+
+
+def _checksums(checkpoint: Path) -> dict[str, str]:
+    """{file, from the checkpoint's folder: the SHA-256 of what is in it}."""
+    paths = sorted(path for pattern in SUMMED for path in checkpoint.glob(pattern))
+    return {
+        path.relative_to(checkpoint).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in paths
+    }
 
 
 def _number(checkpoint: Path) -> int:

@@ -129,7 +129,7 @@ def _take_apart(
             modules_to_save=[plain_name(n) for n in given.modules_to_save or []] or None,
             base_model_name_or_path=given.base_model_name_or_path,
         )
-        return tuner.layers(name), head, config
+        return tuner.adapted_layers(name), head, config
     layers = dynamic_layers(model)
     if not layers:
         raise TypeError(f"{type(model).__name__} has no dynamic-rank components to export")

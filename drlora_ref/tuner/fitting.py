@@ -38,7 +38,9 @@ def whole_modules(model: nn.Module, config: DynamicRankConfig) -> list[str]:
 
     PEFT takes a name for the end of longer ones, and wraps a module inside another that is wrapped
     as well: it would be trained and never used. So here of two nested modules stands the outer one.
-    Raises ValueError where PEFT would take one of these names for the end of another module's.
+    Raises ValueError for a name of the user's that no module has, and where PEFT would take one of
+    these names for the end of another module's, or would wrap one of the user's inside another all
+    the same.
     """
     ends = TRAINED_BY_PEFT.get(config.task_type or "", ())
     heads = head_modules(model)
@@ -46,9 +48,20 @@ def whole_modules(model: nn.Module, config: DynamicRankConfig) -> list[str]:
         heads = [h for h in heads if any(in_head(name, [h]) for name in new_modules(model))]
     found = {part for head in heads for part in wrappable(model, head, ends)}
     named = [name for name, _ in model.named_modules()]
+    added = TRAINED_BY_PEFT.values()  # PEFT adds these itself, for whatever model
+    for name in set(config.modules_to_save or ()).difference(*added):
+        if not any(n.endswith(name) for n in named):
+            raise ValueError(f"modules_to_save: no module has a name that ends with {name!r}")
     found |= {n for n in named if n.endswith(tuple(config.modules_to_save or ()))}
     whole = [n for n in named if n in found and not in_head(n.rpartition(".")[0], found)]
     check_ends(model, whole)
+    for outer in whole:  # PEFT has the user's own names, too
+        for inner, _ in model.get_submodule(outer).named_modules():
+            if inner.endswith(tuple(config.modules_to_save or ())):
+                raise ValueError(
+                    f"modules_to_save: {outer}.{inner} has a name that PEFT would take for one of "
+                    f"them inside {outer}, which is saved whole already: give longer names"
+                )
     return whole
 
 

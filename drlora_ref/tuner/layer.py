@@ -199,7 +199,7 @@ class AllocatorState(StaysFloat32):
         if "z_square" in needs(SCORES[config.score]) and not config.inference_mode:
             self.watch = ZWatch(list(layers.values()))
         self.found_total_step = False  # whether a trainer has filled it in
-        self.dem_counted = False  # whether a gradient has passed Eq. 10 since the last step
+        self.dem_counted: set[str] = set()  # who added Eq. 10 to the gradients of this step
         self.register_load_state_dict_post_hook(_forget)
 
     def forget(self) -> None:
@@ -235,19 +235,24 @@ class AllocatorState(StaysFloat32):
         self.allocator = allocator
         return allocator
 
-    def count_dem(self, penalty: Tensor) -> Tensor:
+    def count_dem(self, penalty: Tensor, by: str) -> Tensor:
         """The penalty (Eq. 10), which will be known to have counted once a gradient passes it."""
 
         def note(gradient: Tensor) -> None:
-            self.dem_counted = True
+            self.dem_counted.add(by)
 
         if penalty.requires_grad:
             penalty.register_hook(note)
         return penalty
 
     def check_dem(self, allocator: RankAllocator, step: int) -> None:
-        """Raise ValueError for a step that was taken on gradients without those of DEM."""
-        counted, self.dem_counted = self.dem_counted, False
+        """Raise ValueError for a step on gradients without those of DEM, or with two adding it."""
+        counted, self.dem_counted = self.dem_counted, set()
+        if len(counted) > 1:
+            raise ValueError(
+                f"DEM is twice in the loss of step {step}: {' and '.join(sorted(counted))} add it: "
+                "leave one of them out"
+            )
         taken = any(layer.lora_c.grad is not None for layer in allocator.layers.values())
         if taken and not counted and not allocator.schedule.pruning_ended(step):
             raise ValueError(

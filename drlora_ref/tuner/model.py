@@ -107,7 +107,7 @@ class DynamicRankModel(BaseTuner):
         before = Before(model, adapter_name)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            layers = self.layers(adapter_name)
+            layers = self.adapted_layers(adapter_name)
             if config.dem_weight:
                 check_dem(layers)
             adapted = [m for m in model.modules() if isinstance(m, DynamicRankLinear)]
@@ -217,7 +217,7 @@ class DynamicRankModel(BaseTuner):
             raise ValueError(f"{len(self.active_adapters)} adapters are active: name one of them")
         return adapter_name or self.active_adapters[0]
 
-    def layers(self, adapter_name: str | None = None) -> dict[str, RankOneComponents]:
+    def adapted_layers(self, adapter_name: str | None = None) -> dict[str, RankOneComponents]:
         """The components of each adapted matrix, by its name in the model that was given."""
         name = self.one_adapter(adapter_name)
         return {
@@ -234,10 +234,13 @@ class DynamicRankModel(BaseTuner):
         """The adapter's budget (Eq. 9). Raises ValueError while total_step is None."""
         return self.peft_config[self.one_adapter(adapter_name)].schedule()
 
-    def dem_loss(self, adapter_name: str | None = None) -> Tensor:
-        """R of Eq. 10 over the adapter's components, a scalar with gradient."""
+    def dem_loss(self, adapter_name: str | None = None, by: str = "a loss of your own") -> Tensor:
+        """R of Eq. 10 over the adapter's components, a scalar with gradient.
+
+        `by` is who adds it to the loss: a step in which two do is an error.
+        """
         penalty = dem_loss(self.allocator(adapter_name).layers)
-        return self.memory(adapter_name).count_dem(penalty)
+        return self.memory(adapter_name).count_dem(penalty, by)
 
     def allocator(self, adapter_name: str | None = None) -> RankAllocator:
         """The adapter's RankAllocator, as it stands; made at the first call and after a load.
@@ -246,7 +249,7 @@ class DynamicRankModel(BaseTuner):
         """
         name = self.one_adapter(adapter_name)
         memory = self.memory(name)
-        return memory.allocator or memory.resume(self.layers(name), self.peft_config[name])
+        return memory.allocator or memory.resume(self.adapted_layers(name), self.peft_config[name])
 
     def set_total_step(self, total_step: int, adapter_name: str | None = None) -> None:
         """Fill in T, for a trainer that knows it; the configuration that was given stays."""
@@ -260,7 +263,8 @@ class DynamicRankModel(BaseTuner):
         """Algorithm 1, lines 7-9: score, smooth and prune, after optimizer step global_step.
 
         Raises ValueError if steps are left out or repeated, if dem_weight is set and no gradient of
-        `dem_loss` was in the step, if no gradient reaches a layer, and as `allocator`.
+        `dem_loss` was in the step or two add one, if no gradient reaches a layer, and as
+        `allocator`.
         """
         memory, allocator = self.memory(adapter_name), self.allocator(adapter_name)
         if self.peft_config[self.one_adapter(adapter_name)].dem_weight:
@@ -269,7 +273,7 @@ class DynamicRankModel(BaseTuner):
 
     def rank_pattern(self, adapter_name: str | None = None) -> dict[str, int]:
         """Surviving components of each adapted matrix by name."""
-        layers = self.layers(adapter_name)
+        layers = self.adapted_layers(adapter_name)
         masks = torch.stack([layer.component_mask for layer in layers.values()])
         return dict(zip(layers, masks.sum(dim=1).tolist(), strict=True))
 
@@ -284,7 +288,7 @@ class DynamicRankModel(BaseTuner):
                 f"pruned at step {self.schedule(name).t_end} of total_step = {config.total_step}. "
                 "Give the true number of optimizer steps as total_step, and call it after each"
             )
-        check_settled(self.layers(name))
+        check_settled(self.adapted_layers(name))
 
 
 def find_tuner(model) -> DynamicRankModel:

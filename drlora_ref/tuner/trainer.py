@@ -6,12 +6,13 @@ by `class MyTrainer(DynamicRankMixin, TheirTrainer)`.
 """
 
 import inspect
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from drlora_ref.tuner.checkpoints import last_whole
+from drlora_ref.tuner.checkpoints import last_whole, write_checksums
 from drlora_ref.tuner.layer import SHARDED
 from drlora_ref.tuner.model import find_tuner
 
@@ -70,13 +71,18 @@ class DynamicRankCallback(TrainerCallback):
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         # Scores may need the gradients: before Trainer sets them to zero and counts the step.
         tuner, step = find_tuner(model), state.global_step + 1
-        if all(layer.lora_c.grad is None for layer in tuner.layers().values()):
+        if all(layer.lora_c.grad is None for layer in tuner.adapted_layers().values()):
             raise ValueError(f"no gradient reaches any component in step {step}: none is trained")
         tuner.update_and_allocate(step)
         # This step's evaluation comes after this call, so what was best through t_end is forgotten
         # in the step after it.
         if not tuner.schedule().pruning_ended(step - 1):
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+    def on_save(self, args, state, control, **kwargs):
+        checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        if args.should_save and checkpoint.is_dir():  # a search for parameters has folders within
+            write_checksums(checkpoint)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         find_tuner(model).check_pruned()
@@ -118,14 +124,16 @@ class DynamicRankMixin(_Trainer):
     Logged with each training loss: `rank` (surviving components, mean over matrices), `rank_min`,
     `rank_max`, and `rank_budget`, the b(t) of Eq. 9.
 
-    Who kills a training may leave a half-written checkpoint. Asked to resume from it, or from the
-    last one (resume_from_checkpoint=True), `train` takes the last that is whole, and says so.
+    Who kills a training may leave a half-written checkpoint, and a disk may change one. Asked to
+    resume from it, or from the last one (resume_from_checkpoint=True), `train` takes the last that
+    is whole, and says so.
 
     Raises TypeError for a model without a dynamic-rank adapter and for a class in which a Trainer
     stands before it, ValueError under FSDP or DeepSpeed.
     """
 
     model_accepts_loss_kwargs: bool
+    items_of_step: Any = None  # labels that count, in all batches of the step that is being taken
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -148,7 +156,16 @@ class DynamicRankMixin(_Trainer):
             resume_from_checkpoint = last_whole(folder, resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.items_of_step = num_items_in_batch
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self.items_of_step = None
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if num_items_in_batch is None:  # a compute_loss in between did not hand it on
+            num_items_in_batch = self.items_of_step
         result: Any = super().compute_loss(
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
@@ -164,7 +181,7 @@ class DynamicRankMixin(_Trainer):
             )
             if self.loss_is_scaled_for_ga is not None:
                 divided = self.loss_is_scaled_for_ga
-            loss = loss + weight * tuner.dem_loss() / (
+            loss = loss + weight * tuner.dem_loss(by="DynamicRankTrainer") / (
                 self.current_gradient_accumulation_steps if divided else 1
             )
         return (loss, outputs) if return_outputs else loss

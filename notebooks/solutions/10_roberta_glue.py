@@ -1,5 +1,6 @@
 # %% exercise-1
 OF_THE_METHOD = {"method", "init_r", "target_r", "bottleneck", "dem_weight", "learning_rate"}
+OF_THE_METHOD |= {"lora_alpha"}
 
 
 def unfair(first, second):

@@ -16,8 +16,8 @@ def training_step(model, batch, optimizer, step):
         loss = loss + dem_weight * model.dem_loss()
     loss.backward()
     optimizer.step()
-    optimizer.zero_grad()
     model.update_and_allocate(step)
+    optimizer.zero_grad()
 
 
 # %% exercise-3

@@ -152,7 +152,7 @@ def benchmark(
         "environment": records.environment(),
         "code": one_run.code_hash(),
     }
-    out.mkdir(parents=True, exist_ok=True)
+    records.make_folder(out, "folder")
     text = json.dumps(found, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     with records.whole_file(out / FILE, overwrite=True) as file:
         file.write(text.encode())

@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from drlora_ref.experiments.given import place
+from drlora_ref.experiments.run.records import make_folder
 from drlora_ref.experiments.sources.models import FILES, resolve_model
 
 PIECE = 48 * 2**20
@@ -50,7 +51,7 @@ def pack(
     folder, source = place(out), resolve_model(model_name or "mpnet-base")
     if data_dir and not place(data_dir).is_dir():
         raise FileNotFoundError(f"data_dir = {data_dir!r}: no such folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "folder")
     for old in (*folder.glob("part-*"), *folder.glob("SHA256SUMS")):
         old.unlink()
     with tempfile.TemporaryDirectory() as temporary:

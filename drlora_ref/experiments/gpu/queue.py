@@ -310,7 +310,7 @@ def work(
     """
     if not dry_run:
         check_minutes(minutes)
-    out.mkdir(parents=True, exist_ok=True)
+    records.make_folder(out, "folder")
     with claim(out):
         model_name = choose_encoder(model_name)
         entries = read_queue(file, out, model_name, data_dir)

@@ -30,7 +30,7 @@ from drlora_ref.experiments.replicas.memory import MOST
 from drlora_ref.experiments.run.checkpoints import CHECKPOINT, runs_in
 from drlora_ref.experiments.run.loop import readable_time
 from drlora_ref.experiments.run.one_run import claim, code_hash
-from drlora_ref.experiments.run.records import Pending, read_record
+from drlora_ref.experiments.run.records import Pending, make_folder, read_record
 from drlora_ref.experiments.run.termination import INTERRUPTED, TERMINATED
 
 TO_DO, DONE, OTHER_CODE, FAILED = "to do", "done", "from other code", "failed"
@@ -109,7 +109,7 @@ def run_grid(
     runs = plan(grid, out)
     if dry_run:
         return _show(runs)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "--out")
     with claim(out), _environment({processes.FIT: "1"} if fits else {}):
         return _work(runs, start, stale, int(replicas))
 

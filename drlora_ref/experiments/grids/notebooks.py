@@ -33,6 +33,7 @@ from drlora_ref.experiments.run.records import (
     NOTEBOOK,
     Pending,
     check_output_dir,
+    output_place,
     whole_file,
 )
 from drlora_ref.experiments.run.termination import Hearing
@@ -57,7 +58,7 @@ def run_notebook(
     """
     if "output_dir" in parameters:
         raise ValueError("output_dir is the second argument, not a parameter")
-    notebook, folder = place(notebook), place(output_dir)
+    notebook, folder = place(notebook), output_place(output_dir)
     known = check_parameters(notebook, parameters)
     overwrite, executed = bool(parameters.get("overwrite")), folder / notebook.name
     _check_free(executed, notebook)

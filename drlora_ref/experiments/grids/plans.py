@@ -48,9 +48,9 @@ KINDS = {
     "cost": dict,
     "slurm": dict,
 }
-KEYS = {
-    "best_of": {"folder": str, "parameter": str | list, "by": list},
-    "cost": {"optimizer_steps": int, "gpu_hours": int | float, "basis": str},
+KEYS: dict[str, dict[str, tuple[type, ...]]] = {
+    "best_of": {"folder": (str,), "parameter": (list,), "by": (list,)},
+    "cost": {"optimizer_steps": (int,), "gpu_hours": (int, float), "basis": (str,)},
 }
 MOST = 10_000  # runs of a grid; the paper's largest table has 672
 Parameters = dict[str, Value]
@@ -122,16 +122,37 @@ def read_grid(file: str | Path) -> Grid:
     for name, value in grid.items():
         if not isinstance(value, KINDS[name]):
             raise ValueError(f"{file}: {name} = {shown(value)} must be a {KINDS[name].__name__}")
-        for key, kind in KEYS.get(name, {}).items():
-            if not isinstance(value.get(key), kind) or len(value) != len(KEYS[name]):
+        for key, kinds in KEYS.get(name, {}).items():
+            if not _fits(value.get(key), kinds) or len(value) != len(KEYS[name]):
                 raise ValueError(
                     f"{file}: {name} needs {', '.join(KEYS[name])}, not {shown(value)}"
                 )
     check_known(f"{file}: slurm has no", grid.get("slurm", {}), processes.SLURM)
+    for name, value in grid.get("slurm", {}).items():
+        if type(value) not in (str, int):
+            raise ValueError(f"{file}: {name} = {shown(value)} must be a word or a whole number")
+    if "best_of" in grid:
+        _check_best_of(file, grid["best_of"])
     _check_sets(file, grid)
     if "notebook" in grid:
         grid["notebook"] = Path(os.path.relpath(place(file).parent / place(grid["notebook"])))
     return grid
+
+
+def _fits(value: object, kinds: tuple[type, ...]) -> bool:
+    """Whether it is of one of these kinds: a number 0 or more, a list of words and not empty."""
+    if isinstance(value, list) and not (value and all(isinstance(one, str) for one in value)):
+        return False
+    number = isinstance(value, int | float)
+    return type(value) in kinds and (not number or 0 <= value < math.inf)
+
+
+def _check_best_of(file: str | Path, best: dict[str, list[str]]) -> None:
+    if both := set(best["parameter"]) & {*best["by"], "seed"}:
+        raise ValueError(
+            f"{file}: best_of cannot choose {', '.join(sorted(both))}: a parameter is chosen for "
+            "each of what `by` names, over seeds"
+        )
 
 
 def _check_sets(file: str | Path, grid: Grid) -> None:

@@ -61,7 +61,7 @@ def ledger(whose: str = "") -> pd.DataFrame:
 
 def as_markdown(whose: str = "") -> str:
     """The ledger, or one side of it, as a table for a README; ValueError as `ledger`."""
-    rows = ["| claim | where | it | seen in |", "|---|---|---|---|"]
+    rows = ["| claim | where | verdict | seen in |", "|---|---|---|---|"]
     for claim in ledger(whose).itertuples():
         note = f": {claim.note[0].lower()}{claim.note[1:]}" if claim.note else ""
         seen = ", ".join(item.removeprefix("notebook ") for item in claim.evidence)

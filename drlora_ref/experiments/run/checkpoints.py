@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from drlora_ref.experiments.given import screen, shown
-from drlora_ref.experiments.run.records import UNFINISHED, whole_file
+from drlora_ref.experiments.run.records import whole_file
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -54,11 +54,8 @@ class Checkpoint:
         """The state that was saved, its tensors on the CPU, or None if there is none.
 
         Raises ValueError for a damaged file, and for one of another configuration, naming how the
-        two differ. Files that a killed run left half-written are removed.
+        two differ.
         """
-        for leftover in self.path.parent.glob(f"{UNFINISHED}*"):
-            if not leftover.is_dir():
-                leftover.unlink(missing_ok=True)
         if not self.path.exists():
             return None
         try:

@@ -225,6 +225,7 @@ def circumstances(run: ReadyRun) -> dict:
 def claim(folder: Path) -> Iterator[None]:
     """Keep other processes out of a folder; the claim ends with the process, however it ends.
 
+    What a killed process left there half-written is removed.
     Raises BlockingIOError if another process has it.
     """
     lock = FileLock(folder / LOCK, timeout=0)
@@ -237,6 +238,9 @@ def claim(folder: Path) -> Iterator[None]:
     except OSError as error:  # a link, a folder, a disk that is full
         raise OSError(f"{folder / LOCK} cannot be locked ({error.strerror}): remove it") from None
     try:
+        for leftover in folder.glob(f"{records.UNFINISHED}*"):
+            if not leftover.is_dir():
+                leftover.unlink(missing_ok=True)
         yield
     finally:
         lock.release()

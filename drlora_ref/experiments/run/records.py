@@ -74,6 +74,7 @@ class Record(TypedDict, total=False):
 
 
 PREDICTIONS, EVENTS = "predictions.npz", "events.npz"
+WRITTEN = ("record.json", PREDICTIONS, EVENTS, "checkpoint.pt", "run.log")  # files of a run
 UNFINISHED = ".unfinished-"  # how the name of a file begins that is still being written
 PENDING = ".notebook"  # a file in a folder whose notebook has not come to its end, see Pending
 # Of the process that executes a notebook: its folder, and the folder whose notebook it finishes.
@@ -84,18 +85,34 @@ TAKEN = "{} holds a record already: pass overwrite=True or take another output_d
 def check_output_dir(output_dir: str | Path, overwrite: bool = False) -> Path:
     """The folder, made if need be; call it before the work whose record it is to hold.
 
-    Raises FileExistsError if it holds a record already, OSError if nothing can be written there. A
-    record of this very notebook, which was killed before its end, is no hindrance.
+    Raises FileExistsError if it holds a record already, OSError if nothing can be written there or
+    a folder lies where a file will be, and as output_place does. A record of this very notebook,
+    which was killed before its end, is no hindrance.
     """
-    folder = place(output_dir)
+    folder = make_folder(output_place(output_dir))
+    for name in WRITTEN:
+        if (folder / name).is_dir():
+            raise IsADirectoryError(f"{folder / name} is a folder: take another output_dir")
+    if not overwrite and os.path.lexists(folder / "record.json") and not is_of(FINISHES, folder):
+        raise FileExistsError(TAKEN.format(folder / "record.json"))
+    return folder
+
+
+def output_place(output_dir: str | Path) -> Path:
+    """`given.place`, which no empty name has; ValueError, too, where that raises it."""
+    if not str(output_dir):
+        raise ValueError("output_dir is empty: expected a folder, as runs/mine")
+    return place(output_dir)
+
+
+def make_folder(folder: Path, name: str = "output_dir") -> Path:
+    """The folder that `name` stands for, made if need be; OSError if it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise NotADirectoryError(f"{folder} is not a folder: take another output_dir") from None
-    if not overwrite and os.path.lexists(folder / "record.json") and not is_of(FINISHES, folder):
-        raise FileExistsError(TAKEN.format(folder / "record.json"))
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{folder} cannot be written to: take another output_dir")
+        raise NotADirectoryError(f"{folder} is not a folder: take another {name}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder} cannot be written to: take another {name}")
     return folder
 
 
@@ -115,10 +132,15 @@ class Pending:
             file.write(json.dumps({"given": given, "replaces": self._record()}).encode())
 
     def given(self) -> list | None:
-        """What was given to a notebook that has its record but not its end; else None."""
+        """What was given to a notebook that has its record but not its end; else None.
+
+        Raises ValueError for a file that is none of begin()'s.
+        """
         if not self.path.is_file() or not self._record():
             return None
         found = read_json(self.path)
+        if not isinstance(found, dict) or found.keys() != {"given", "replaces"}:
+            raise ValueError(f"{self.path} is damaged: remove it")
         return found["given"] if found["replaces"] != self._record() else None
 
     def end(self) -> None:

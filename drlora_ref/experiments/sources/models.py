@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import huggingface_hub
 import torch
+from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE, WordLevel
 from torch import nn
@@ -43,6 +44,7 @@ from drlora_ref.inject import in_head
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")  # any one of these will do
+FLOATS = ("F64", "F32", "BF16", "F16")  # safetensors' names
 OF_TOKENIZERS = ("tokenizer*", "merges.txt", "special*", *TOKENIZERS)
 FILES = ["config.json", "model.safetensors", *OF_TOKENIZERS]
 
@@ -211,7 +213,9 @@ def load_pretrained(
     configuration. A head that the checkpoint lacks is drawn from torch's generator: call
     torch.manual_seed first. Raises ValueError for a kind of model that has no such head, and where
     more than the head (inject.in_head) is missing: transformers would draw that at random too. So
-    it does for weights that are NaN or infinite, and for files that transformers cannot read.
+    it does for weights that are NaN or infinite, for weights that are no floating-point numbers of
+    16 bits or more (transformers would cast the bare codes of a quantised model), and for files
+    that transformers cannot read.
     """
     with _in_one_line(source, "config.json"):
         config = AutoConfig.from_pretrained(source.path, local_files_only=True)
@@ -235,6 +239,7 @@ def load_pretrained(
     missing = {key for key in report["missing_keys"] if not in_head(key)}
     if lost := sorted(missing | {key for key, *_ in report["mismatched_keys"]}):
         raise ValueError(f"{source.source}: weights missing or of another shape: {screen(lost)}")
+    _check_stored_dtypes(source)
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             raise ValueError(f"{source.source}: {name} holds NaN or infinity: the file is damaged")
@@ -246,6 +251,18 @@ def load_pretrained(
     if not isinstance(tokenizer.model_max_length, int | float):
         raise ValueError(f"{source.source}: model_max_length of the tokenizer must be a number")
     return model, tokenizer
+
+
+def _check_stored_dtypes(source: ModelSource) -> None:
+    """Raise ValueError for a weight that the file holds in another kind of number than a float."""
+    with safe_open(Path(source.path, "model.safetensors"), "pt") as file:
+        for name in file.keys():
+            dtype = file.get_slice(name).get_dtype()
+            if name.endswith((".weight", ".bias")) and dtype not in FLOATS:
+                raise ValueError(
+                    f"{source.source}: {name} is stored as {dtype}: expected one of "
+                    f"{', '.join(FLOATS)}, a model that is not quantised"
+                )
 
 
 def check_together(

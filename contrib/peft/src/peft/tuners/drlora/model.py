@@ -384,10 +384,13 @@ class DrLoraModel(BaseTuner):
         """The adapter's budget (Eq. 9). Raises ValueError while total_step is None."""
         return self.peft_config[self.one_adapter(adapter_name)].schedule()
 
-    def dem_loss(self, adapter_name: str | None = None) -> Tensor:
-        """R of Eq. 10 over the adapter's components, a scalar with gradient."""
+    def dem_loss(self, adapter_name: str | None = None, by: str = "a loss of your own") -> Tensor:
+        """R of Eq. 10 over the adapter's components, a scalar with gradient.
+
+        `by` is who adds it to the loss: a step in which two do is an error.
+        """
         penalty = dem_loss(self.allocator(adapter_name).layers)
-        return self.memory(adapter_name).count_dem(penalty)
+        return self.memory(adapter_name).count_dem(penalty, by)
 
     def allocator(self, adapter_name: str | None = None) -> RankAllocator:
         """The adapter's RankAllocator, as it stands; made at the first call and after a load.
@@ -410,7 +413,8 @@ class DrLoraModel(BaseTuner):
         """Algorithm 1, lines 7-9: score, smooth and prune, after optimizer step global_step.
 
         Raises ValueError if steps are left out or repeated, if dem_weight is set and no gradient of
-        `dem_loss` was in the step, if no gradient reaches a layer, and as `allocator`.
+        `dem_loss` was in the step or two add one, if no gradient reaches a layer, and as
+        `allocator`.
         """
         memory, allocator = self.memory(adapter_name), self.allocator(adapter_name)
         if self.peft_config[self.one_adapter(adapter_name)].dem_weight:
