@@ -8,7 +8,6 @@ import gc
 import importlib.util
 import json
 import re
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,8 +17,6 @@ from torch import nn
 
 from drlora_ref import DynamicLoRALinear
 from drlora_ref.allocator import needs
-
-sys.modules.setdefault("rfc3987_syntax", None)  # as experiments/grids has it
 
 collect_ignore = ["contributed_tuner.py"]  # needs the PEFT that test_contrib.py puts together
 

@@ -109,6 +109,7 @@ VALUES: dict[str, dict[str, list]] = {
         "learning_rate": [0.005, 0.02],
         "seed": [5, 1],
         "n_seeds": [2, 1],
+        "pair_seeds": [1, 2],
     },
     "07": {
         "d_in": [9, 20],
@@ -128,6 +129,7 @@ VALUES: dict[str, dict[str, list]] = {
         "noise": [0.1, 1.0],
         "learning_rate": [0.005, 0.02],
         "n_runs": [4, 6],
+        "example_seeds": [1, 2],
         "seed": [1, 2],
     },
     "08": {
