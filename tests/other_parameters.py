@@ -109,7 +109,6 @@ VALUES: dict[str, dict[str, list]] = {
         "learning_rate": [0.005, 0.02],
         "seed": [5, 1],
         "n_seeds": [2, 1],
-        "pair_seeds": [1, 2],
     },
     "07": {
         "d_in": [9, 20],
@@ -141,6 +140,7 @@ VALUES: dict[str, dict[str, list]] = {
         "noise_levels": [[0.0, 1.0], [0.1, 0.3]],
         "tiny_noises": [[1e-7], [1e-8, 1e-3]],
         "n_seeds": [2, 1],
+        "pair_seeds": [1, 2],
         "seed": [1, 2],
     },
     "09": TRAINED | {"task": ["cola", "mrpc"], "batch_size": [8, 32], "max_length": [32, 48]},
