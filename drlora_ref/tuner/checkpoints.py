@@ -62,9 +62,10 @@ def incomplete(checkpoint: Path) -> str:
                 return f"{path.name} is cut off"
         except (ValueError, SafetensorError):
             return f"{path.name} is cut off"
-    sums, path = _checksums(checkpoint), checkpoint / CHECKSUMS
-    noted = json.loads(path.read_bytes()) if path.exists() else sums  # none in an older one
-    changed = [name for name in sums if sums[name] != noted.get(name)]
+    if not (checkpoint / CHECKSUMS).exists():  # an older one
+        return ""
+    noted = json.loads((checkpoint / CHECKSUMS).read_bytes())
+    changed = [name for name, found in _checksums(checkpoint).items() if found != noted.get(name)]
     return f"{changed[0]} is damaged" if changed else ""
 
 
@@ -80,11 +81,12 @@ def write_checksums(checkpoint: Path) -> None:
 
 def _checksums(checkpoint: Path) -> dict[str, str]:
     """{file, from the checkpoint's folder: the SHA-256 of what is in it}."""
-    paths = sorted(path for pattern in SUMMED for path in checkpoint.glob(pattern))
-    return {
-        path.relative_to(checkpoint).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in paths
-    }
+    found = {}
+    for path in sorted(path for pattern in SUMMED for path in checkpoint.glob(pattern)):
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found[path.relative_to(checkpoint).as_posix()] = digest
+    return found
 
 
 def _number(checkpoint: Path) -> int:

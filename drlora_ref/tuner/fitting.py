@@ -48,16 +48,17 @@ def whole_modules(model: nn.Module, config: DynamicRankConfig) -> list[str]:
         heads = [h for h in heads if any(in_head(name, [h]) for name in new_modules(model))]
     found = {part for head in heads for part in wrappable(model, head, ends)}
     named = [name for name, _ in model.named_modules()]
+    wanted = tuple(config.modules_to_save or ())
     added = TRAINED_BY_PEFT.values()  # PEFT adds these itself, for whatever model
-    for name in set(config.modules_to_save or ()).difference(*added):
+    for name in set(wanted).difference(*added):
         if not any(n.endswith(name) for n in named):
             raise ValueError(f"modules_to_save: no module has a name that ends with {name!r}")
-    found |= {n for n in named if n.endswith(tuple(config.modules_to_save or ()))}
+    found |= {n for n in named if n.endswith(wanted)}
     whole = [n for n in named if n in found and not in_head(n.rpartition(".")[0], found)]
     check_ends(model, whole)
     for outer in whole:  # PEFT has the user's own names, too
         for inner, _ in model.get_submodule(outer).named_modules():
-            if inner.endswith(tuple(config.modules_to_save or ())):
+            if inner.endswith(wanted):
                 raise ValueError(
                     f"modules_to_save: {outer}.{inner} has a name that PEFT would take for one of "
                     f"them inside {outer}, which is saved whole already: give longer names"

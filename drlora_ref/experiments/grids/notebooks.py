@@ -30,6 +30,7 @@ from drlora_ref.experiments.grids import NotebookError, Value
 from drlora_ref.experiments.run.checkpoints import CHECKPOINT
 from drlora_ref.experiments.run.records import (
     FINISHES,
+    LOG,
     NOTEBOOK,
     Pending,
     check_output_dir,
@@ -38,7 +39,6 @@ from drlora_ref.experiments.run.records import (
 )
 from drlora_ref.experiments.run.termination import Hearing
 
-LOG = "run.log"  # beside the executed notebook: what its cells printed
 logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it logs, it also raises
 
 

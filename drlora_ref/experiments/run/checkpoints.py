@@ -9,9 +9,7 @@ import numpy as np
 import torch
 
 from drlora_ref.experiments.given import screen, shown
-from drlora_ref.experiments.run.records import whole_file
-
-CHECKPOINT = "checkpoint.pt"
+from drlora_ref.experiments.run.records import CHECKPOINT, whole_file
 
 
 class Checkpoint:

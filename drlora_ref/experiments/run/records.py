@@ -74,7 +74,9 @@ class Record(TypedDict, total=False):
 
 
 PREDICTIONS, EVENTS = "predictions.npz", "events.npz"
-WRITTEN = ("record.json", PREDICTIONS, EVENTS, "checkpoint.pt", "run.log")  # files of a run
+CHECKPOINT = "checkpoint.pt"
+LOG = "run.log"  # beside an executed notebook: what its cells printed
+WRITTEN = ("record.json", PREDICTIONS, EVENTS, CHECKPOINT, LOG)  # files of a run
 UNFINISHED = ".unfinished-"  # how the name of a file begins that is still being written
 PENDING = ".notebook"  # a file in a folder whose notebook has not come to its end, see Pending
 # Of the process that executes a notebook: its folder, and the folder whose notebook it finishes.
