@@ -39,7 +39,7 @@ from transformers import (
 
 from drlora_ref import BudgetSchedule
 from drlora_ref.tuner import DynamicRankConfig
-from drlora_ref.tuner.checkpoints import last_whole
+from drlora_ref.tuner.checkpoints import last_whole, write_checksums
 from drlora_ref.tuner.trainer import (
     DynamicRankCallback,
     DynamicRankMixin,
@@ -337,6 +337,15 @@ def test_two_processes_have_the_same_masks_at_every_step(tmp_path):
     alone.model.save_pretrained(tmp_path / "alone")
     for name, tensor in load_file(tmp_path / "alone" / "adapter_model.safetensors").items():
         torch.testing.assert_close(adapters[0][name], tensor, atol=1e-5, rtol=1e-4)
+    # The random numbers of both are in a checkpoint, each file with its checksum.
+    assert last_whole(str(tmp_path), True) is True
+    for rank in (0, 1):
+        file = tmp_path / f"checkpoint-6/rng_state_{rank}.pth"
+        whole = file.read_bytes()
+        file.write_bytes(flip(whole, 0.6))
+        with pytest.warns(UserWarning, match=f"rng_state_{rank}.pth is damaged.: resuming from"):
+            assert last_whole(str(tmp_path), True) == str(tmp_path / "checkpoint-3")
+        file.write_bytes(whole)
 
 
 def evaluations_that_get_worse(run) -> None:
@@ -863,10 +872,35 @@ def test_what_is_no_checkpoint_is_left_to_trainer(checkpoints, tmp_path):
     )
     (tmp_path / "empty").mkdir()
     assert last_whole(str(tmp_path / "empty"), True) is True
-    for path in (checkpoints / "checkpoint-12").iterdir():
-        if path.suffix in (".pt", ".pth"):  # as save_only_model leaves it
-            path.unlink()
+
+
+def test_a_checkpoint_of_the_model_alone_is_whole(tmp_path):
+    run = trainer(tmp_path, save_strategy="epoch", save_only_model=True)
+    run.train()
+    assert not list(tmp_path.rglob("optimizer.pt"))
+    assert last_whole(str(tmp_path), True) is True
+
+
+@pytest.mark.parametrize("names", ["*.pt*", "scaler.pt", "scheduler.pt"])
+def test_a_file_with_a_checksum_that_is_gone_is_noticed(names, checkpoints):
+    """Even where all files of the training are, as if the model alone had been saved."""
+    newest = checkpoints / "checkpoint-12"
+    (newest / "scaler.pt").write_bytes((newest / "scheduler.pt").read_bytes())  # as fp16 has it
+    write_checksums(newest)
     assert last_whole(str(checkpoints), True) is True
+    for path in newest.glob(names):
+        path.unlink()
+    with pytest.warns(UserWarning, match=r"12 is .*\.pth? is missing\): resuming from check.*-8"):
+        assert last_whole(str(checkpoints), True) == str(checkpoints / "checkpoint-8")
+
+
+@pytest.mark.parametrize(
+    "damaged", ["", "[]", "null", '"a"', '{"optimizer.pt": 1}', "\0\0", "\x04{}"]
+)
+def test_checksums_that_are_damaged_themselves_are_noticed(damaged, checkpoints):
+    (checkpoints / "checkpoint-12" / "checksums.json").write_text(damaged)
+    with pytest.warns(UserWarning, match=r"is (damaged|cut off)\): resuming from checkpoint-8"):
+        assert last_whole(str(checkpoints), True) == str(checkpoints / "checkpoint-8")
 
 
 class Killed(BaseException):

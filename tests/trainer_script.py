@@ -3,6 +3,7 @@
 python trainer_script.py FOLDER [--still] [CHECKPOINT]   leaves adapter and mask after every step
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -82,7 +83,8 @@ def trainer(folder, model=None, **given) -> DynamicRankTrainer:
 def main(folder: str, *rest: str) -> None:
     model = still() if "--still" in rest else adapted()
     # Buffers are not broadcast: that both ranks have one mask is the allocator's doing.
-    run = trainer(folder, model, ddp_broadcast_buffers=False)
+    saving = dict(save_strategy="steps", save_steps=3) if "WORLD_SIZE" in os.environ else {}
+    run = trainer(folder, model, ddp_broadcast_buffers=False, **saving)
     seen = MaskAtEveryStep()
     run.add_callback(seen)
     run.train(resume_from_checkpoint=next((word for word in rest if word != "--still"), None))

@@ -14,7 +14,6 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import get_last_checkpoint
 
-CHECKSUMS = "checksums.json"
 SUMMED = ("**/adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "scaler.pt",
           "rng_state.pth", "trainer_state.json")  # fmt: skip
 
@@ -43,7 +42,8 @@ def incomplete(checkpoint: Path) -> str:
 
     trainer_state.json is written last. And a file that was cut off shows it: JSON does not parse, a
     safetensors file is shorter than its head says, and what torch.save writes is a zip archive,
-    whose table of contents comes last. A file that was changed later is not that of its checksum.
+    whose table of contents comes last. A file that was changed later is not that of its checksum,
+    and one that was deleted later still has one.
     """
     training = ["optimizer.pt", "scheduler.pt", "rng_state*.pth"]
     if not any(any(checkpoint.glob(pattern)) for pattern in training):
@@ -62,31 +62,39 @@ def incomplete(checkpoint: Path) -> str:
                 return f"{path.name} is cut off"
         except (ValueError, SafetensorError):
             return f"{path.name} is cut off"
-    if not (checkpoint / CHECKSUMS).exists():  # an older one
-        return ""
-    noted = json.loads((checkpoint / CHECKSUMS).read_bytes())
-    changed = [name for name, found in _checksums(checkpoint).items() if found != noted.get(name)]
-    return f"{changed[0]} is damaged" if changed else ""
+    for sums in sorted(checkpoint.glob("checksums*.json")):  # an older checkpoint has none
+        noted = json.loads(sums.read_bytes())
+        if not isinstance(noted, dict):
+            return f"{sums.name} is damaged"
+        for name, digest in noted.items():
+            if not (checkpoint / name).is_file():
+                return f"{name} is missing"
+            if _digest(checkpoint / name) != digest:
+                return f"{name} is damaged"
+    return ""
 
 
 def write_checksums(checkpoint: Path) -> None:
-    """Note what is in the files of a checkpoint that a training goes on from.
-
-    Other processes may be writing still, so their random numbers are not among them.
-    """
-    unfinished = checkpoint / f".unfinished-{CHECKSUMS}"
-    unfinished.write_text(json.dumps(_checksums(checkpoint), indent=2))
-    os.replace(unfinished, checkpoint / CHECKSUMS)
+    """Note what is in the files of a checkpoint that a training goes on from."""
+    _note(checkpoint, "checksums.json", SUMMED)
 
 
-def _checksums(checkpoint: Path) -> dict[str, str]:
-    """{file, from the checkpoint's folder: the SHA-256 of what is in it}."""
-    found = {}
-    for path in sorted(path for pattern in SUMMED for path in checkpoint.glob(pattern)):
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        found[path.relative_to(checkpoint).as_posix()] = digest
-    return found
+def write_checksum_of_random_numbers(checkpoint: Path, process: int) -> None:
+    """The same for the random numbers of one process of several: each has written its own file."""
+    _note(checkpoint, f"checksums_{process}.json", (f"rng_state_{process}.pth",))
+
+
+def _note(checkpoint: Path, name: str, patterns: tuple[str, ...]) -> None:
+    paths = sorted(path for pattern in patterns for path in checkpoint.glob(pattern))
+    digests = {path.relative_to(checkpoint).as_posix(): _digest(path) for path in paths}
+    unfinished = checkpoint / f".unfinished-{name}"
+    unfinished.write_text(json.dumps(digests, indent=2))
+    os.replace(unfinished, checkpoint / name)
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _number(checkpoint: Path) -> int:

@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from drlora_ref.tuner.checkpoints import last_whole, write_checksums
+from drlora_ref.tuner.checkpoints import (
+    last_whole,
+    write_checksum_of_random_numbers,
+    write_checksums,
+)
 from drlora_ref.tuner.layer import SHARDED
 from drlora_ref.tuner.model import find_tuner
 
@@ -81,8 +85,12 @@ class DynamicRankCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        if args.should_save and checkpoint.is_dir():  # a search for parameters has folders within
+        if not checkpoint.is_dir():  # a search for parameters has folders within
+            return
+        if args.should_save:
             write_checksums(checkpoint)
+        if args.world_size > 1:
+            write_checksum_of_random_numbers(checkpoint, args.process_index)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         find_tuner(model).check_pruned()
