@@ -20,17 +20,16 @@ run: $(READY)
 	$(BIN)/python -m drlora_ref.experiments notebook notebooks/09_a_real_run.ipynb $(OUT) \
 	  -f $(SETTINGS) -p task $(TASK) -p data_dir "$(DATA_DIR)" $(ARGS)
 
-# Unit tests, doctests and notebooks by papermill; then by nbval the notebooks of the equations, output
-# by output, and those that train a little (tests/solved.py says which). A process for each core, with
-# one thread: for models as small as the tests', a second one makes the first one wait.
-EACH_CORE := -n auto --maxprocesses 8
+# Unit tests, doctests and notebooks by papermill; by nbval the notebooks of the equations, output by
+# output, and those that train a little (tests/solved.py says which). A process for each core, with
+# one thread: for models as small as the tests', a second one makes the first one wait. A process takes
+# a whole file, so that what its tests share is made once; tests/conftest.py says which come first.
+EACH_CORE := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test: export OMP_NUM_THREADS = 1
 test: $(READY)
-	$(BIN)/python -m pytest -q -p no:nbval $(EACH_CORE) --dist worksteal
 	copies=$$($(BIN)/python tests/solved.py solved_notebooks) && \
-	$(BIN)/python -m pytest -q $(EACH_CORE) --dist loadfile --no-loadscope-reorder \
-	  --nbval-lax --nbval-current-env $$copies
+	$(BIN)/python -m pytest -q $(EACH_CORE) --nbval-lax --nbval-current-env $$copies tests drlora_ref
 
 # For whoever edits the paper's files: their tests and doctests, in under half a minute.
 quick: export OMP_NUM_THREADS = 1

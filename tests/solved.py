@@ -2,10 +2,10 @@
 
     python tests/solved.py solved_notebooks
 
-writes a copy of each notebook of NBVAL into the folder, for nbval, and prints where, those first
-that take longest: what starts last should be short. After its last cell come, for
-each exercise, the answer, its check, and an assert that the check was content: one kernel shows
-that the outputs are still those of the committed copy, and that the answers solve the exercises.
+writes a copy of each notebook of NBVAL into the folder, for nbval, and prints where. After its last
+cell come, for each exercise, the answer, its check, and an assert that the check was content: one
+kernel shows that the outputs are still those of the committed copy, and that the answers solve the
+exercises.
 """
 
 import re
@@ -22,7 +22,6 @@ COMPARED = "nbval-check-output"  # nbval --nbval-lax compares the outputs of the
 # where another machine may round otherwise, only what is tagged.
 STRICT = ("00", "01", "02", "03", "04", "05", "06", "07")
 NBVAL = (*STRICT, "08", "13", "17", "21", "22")
-LONGEST = ("08", "22")
 # The path; the rest are side paths.
 CORE = (*STRICT, "08", "09", "13", "15", "17", "18")
 # Those that other tests run, with other parameters.
@@ -107,7 +106,7 @@ def are_solved(path: Path, text: str) -> bool:
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     folder.mkdir(exist_ok=True)
-    for path in sorted(NOTEBOOKS, key=lambda path: not path.name.startswith(LONGEST)):
+    for path in NOTEBOOKS:
         if path.name.startswith(NBVAL):
             nbformat.write(solved(path), folder / path.name)
             print(folder / path.name)
