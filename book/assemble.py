@@ -187,12 +187,14 @@ def _row(claim: Claim) -> str:
 
 
 def _evidence(item: str) -> str:
-    """A link to the notebook or the record; a test is named."""
+    """A link to the notebook, the record or, of a folder, the page of all records; a test is named."""
     kind, _, number = item.partition(" ")
     if kind == "notebook":
         (path,) = (path for path in NOTEBOOKS if path.stem.startswith(f"{number}_"))
         return f"[{number}](notebooks/{path.name})"
-    return f"[{Path(item).name}]({item})" if item.startswith("results/") else f"`{item}`"
+    if not item.startswith("results/"):
+        return f"`{item}`"
+    return f"[{Path(item).name}]({'results.md' if (ROOT / item).is_dir() else item})"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from statistics import mean
 
 import pytest
 
+from drlora_ref.experiments.results import examples, summaries
 from drlora_ref.experiments.results.claims import STATUSES, WHOSE, as_markdown, claims, ledger
 
 ROOT = Path(__file__).parents[1]
@@ -112,6 +113,14 @@ def other_penalties() -> bool:
     return max(best["l2"] + best["spectral"]) < min(best["dem"]) / 2
 
 
+def tuned_lora() -> bool:
+    trial = summaries.load(ROOT / "results/trial_sst2")
+    both = trial[trial.arm.isin(["lora r=2", "drlora r=6→2 frobenius_share"])]
+    (found,) = examples.paired_by_example(both, "lora r=2").itertuples()
+    interval = round(100 * found.ci_low, 1), round(100 * found.ci_high, 1)
+    return interval == (-1.3, -0.6) and (found.n, found.examples) == (8, 5000)
+
+
 # What a claim with a record says, recomputed from it; its status and note stand on this.
 CHECKS = {
     "unequal needs": unequal_needs,
@@ -123,6 +132,7 @@ CHECKS = {
     "unread answers": unread_answers,
     "chance": chance,
     "other penalties": other_penalties,
+    "tuned LoRA": tuned_lora,
 }
 
 
@@ -139,7 +149,7 @@ def test_the_evidence_is_there(claim):
         if number := re.fullmatch(r"notebook (\d\d)", item):
             assert list((ROOT / "notebooks").glob(f"{number[1]}_*.ipynb")), item
         else:
-            assert (ROOT / item).is_file(), item
+            assert (ROOT / item).exists(), item
 
 
 @each_claim
