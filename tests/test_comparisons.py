@@ -427,6 +427,19 @@ def test_maps_of_other_matrices_are_refused_and_one_run_has_no_agreement(frame, 
 # --- columns of a trial ------------------------------------------------------------------------
 
 
+def test_each_run_may_have_a_permutation_of_its_own_and_no_map_as_it_is_among_them(frame):
+    runs = [record("lora", seed, 0.5 + 0.01 * seed, rank_map="maps", permute_map=permutation)
+            for seed, permutation in enumerate((1, 2, 3, 0))]  # fmt: skip
+    everything = frame(*runs)
+    permuted = everything[everything.permute_map > 0]
+    (row,) = summarise(permuted, ["task", "arm"]).itertuples()
+    assert (row.arm, row.n, row.mean) == ("lora r=2 permuted map", 3, pytest.approx(0.51))
+    with pytest.raises(ValueError, match="differ in permute_map: permuted and as it is"):
+        summarise(everything, ["task", "method"])
+    apart = summarise(permuted, ["task", "permute_map"])
+    assert apart.permute_map.tolist() == [1, 2, 3]  # who asks for them apart gets them apart
+
+
 def test_a_row_names_its_arm_its_final_loss_and_its_score_on_the_rows_held_out(frame):
     runs = [
         record("drlora", 0, init_r=6, score="abs_c"),
@@ -435,6 +448,7 @@ def test_a_row_names_its_arm_its_final_loss_and_its_score_on_the_rows_held_out(f
         record("lora", 2, rank_map="maps", permute_map=4),
         record("bitfit", 0),
         record("lora", 3, status="diverged"),
+        record("drlora", 4, init_r=6, beta=0.999),
     ]
     for run in runs[:5]:
         run |= {"loss_curve": [*[9.0] * 80, *[0.5] * 10, *[0.7] * 10]}
@@ -443,11 +457,11 @@ def test_a_row_names_its_arm_its_final_loss_and_its_score_on_the_rows_held_out(f
     found = frame(*runs)
     assert found.arm.tolist() == [
         "drlora r=6→2 abs_c", "prune-once r=6→2 last act", "lora r=2 given map",
-        "lora r=2 permuted map", "bitfit", "lora r=2",
+        "lora r=2 permuted map", "bitfit", "lora r=2", "drlora r=6→2 abs_c beta=0.999",
     ]  # fmt: skip
     assert found.final_loss.tolist()[:5] == pytest.approx([0.6] * 5)
     assert math.isnan(found.final_loss[5])
-    assert found.holdout_score.tolist() == [0.25] * 5 + [0.0]
+    assert found.holdout_score.tolist()[:6] == [0.25] * 5 + [0.0]
 
 
 def test_older_records_have_neither(frame):

@@ -335,7 +335,7 @@ COUNTS = {
     "trial_sst2_length": 2 * 2 * 2,
     "trial_base_rates": 2 * 4 * 2 * 4 * 2,
     "trial_base_arms": 5 * 4 * 2 * 4,
-    "trial_base": 6 * 4 * 8,
+    "trial_base": 7 * 4 * 8,
     "trial_base_answers": 4 * 8,
     "trial_base_maps": 4 * 8 * 2,
 }
@@ -343,7 +343,7 @@ for _task in ("sst2", "cola", "grammar"):
     COUNTS |= {
         f"trial_{_task}_rates": 2 * 4 * 2 * 2,
         f"trial_{_task}_arms": 5 * 2 * 4,
-        f"trial_{_task}": 6 * 8,
+        f"trial_{_task}": 7 * 8,
         f"trial_{_task}_answers": 8,
         f"trial_{_task}_maps": 2 * 8,
     }

@@ -102,10 +102,14 @@ def _model_files(model: dict) -> str | None:
 def arm_name(parameters: dict) -> str:
     """What is compared in a trial: method, ranks, score, penalty, and where a rank map came from.
 
+    And the score's memory, where it is not the usual one: with 0.999 it keeps what it has chosen.
+
     >>> arm_name({"method": "lora", "target_r": 2, "rank_map": "runs/found", "permute_map": 3})
     'lora r=2 permuted map'
     >>> arm_name({"method": "drlora", "init_r": 6, "target_r": 2, "importance_score": "abs_c"})
     'drlora r=6→2 abs_c'
+    >>> arm_name({"method": "drlora", "init_r": 6, "target_r": 2, "beta": 0.999})
+    'drlora r=6→2 beta=0.999'
     >>> arm_name({"method": "drlora", "init_r": 3, "target_r": 2, "penalty": "l2"})
     'drlora r=3→2 l2'
     """
@@ -116,6 +120,8 @@ def arm_name(parameters: dict) -> str:
         words.append(f"r={began}{parameters.get('target_r')}")
     if known and "score" in known.own and parameters.get("importance_score"):
         words.append(parameters["importance_score"])
+    if known and "beta" in known.own and parameters.get("beta", Settings.beta) != Settings.beta:
+        words.append(f"beta={parameters['beta']:g}")
     if known and "penalty" in known.own and parameters.get("penalty", "dem") != "dem":
         words.append(parameters["penalty"])
     if parameters.get("rank_map"):
@@ -305,6 +311,9 @@ def check_cells(frame: pd.DataFrame, keys: list[str], value: str) -> None:
         raise ValueError(f"no {value} in {', '.join(empty.folder)}: leave these out by name")
     parameters = list(frame.columns[: frame.columns.get_loc("status")])
     free = {*NOT_IN_KEY, "seed"} - {"rank_map"}  # runs with maps from two places are two cells
+    if "permute_map" in frame and "permute_map" not in keys:  # which permutation is each run's own
+        word = frame.permute_map.gt(0).map({True: "permuted", False: "as it is"})
+        frame = frame.assign(permute_map=word.where(frame.permute_map.notna()))
     fixed = [name for name in (*parameters, *SAME_INPUTS) if name not in free]
     for key, cell in frame.groupby(keys, dropna=False):
         where = ", ".join(f"{name} = {word}" for name, word in zip(keys, key, strict=True))
