@@ -29,6 +29,7 @@ from drlora_ref.experiments.results.rank_maps import map_agreement, mean_spearma
 from drlora_ref.experiments.results.report import show
 from drlora_ref.experiments.results.summaries import load, paired_difference, summarise
 from drlora_ref.experiments.run.records import write_predictions
+from drlora_ref.experiments.tasks import glue
 from drlora_ref.inject import default_target_modules, find_targets
 
 SCORE_OF = {
@@ -73,6 +74,41 @@ def test_matthews_of_three_classes_and_of_one_answer_only():
     assert not pseudo_values("matthews", np.zeros(60, int), labels).any()  # a collapsed run
     assert not pseudo_values("pearson", np.full(60, 2.0), labels).any()
     assert not pseudo_values("pearson", np.full(60, np.nan), labels).any()
+
+
+METRIC_OF = {"accuracy": "sst2", "matthews": "cola", "pearson": "stsb"}
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("spread", [0.0, 1e-7, 1e-6, "one NaN", "one other answer", "none"])
+def test_a_run_that_scores_zero_by_choice_has_zeros_for_all_its_examples(metric, spread):
+    """By example it is as bad as by seed: the task's metric and the pseudo-values agree."""
+    rng = np.random.default_rng(14)
+    found, labels = made_up(metric, 50, rng)
+    if isinstance(spread, float):
+        found = (1 + spread * rng.standard_normal(50) * (metric == "pearson")).astype(np.float32)
+    elif spread == "one other answer":
+        found = np.ones(50)
+        found[3] = 0
+    as_answered = found.astype(float)
+    if spread == "one NaN":
+        as_answered[7] = math.nan
+    score = glue.metric(METRIC_OF[metric], as_answered, labels)
+    # As a record keeps it: a class of -1 where the answer was NaN.
+    kept = as_answered if metric == "pearson" else np.nan_to_num(as_answered, nan=-1).astype(int)
+    values = pseudo_values(metric, kept, labels)
+    if spread == "one NaN" or (metric == "pearson" and isinstance(spread, float)):
+        assert score == 0 and not values.any()
+    rows = np.arange(50)
+    left_out = [glue.metric(METRIC_OF[metric], as_answered[rows != i], labels[rows != i])
+                for i in rows] if score else np.zeros(50)  # fmt: skip
+    np.testing.assert_allclose(values, 50 * score - 49 * np.array(left_out), atol=1e-6)
+
+
+def test_of_no_example_there_is_no_metric():
+    for metric in METRICS:
+        with pytest.raises(ValueError, match="no example: there is nothing to compare"):
+            pseudo_values(metric, np.array([]), np.array([]))
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -254,6 +290,30 @@ def another_metric(arm, seed, held, kept):
     return held | {"metric_name": "f1"}
 
 
+def one_nan(arm, seed, held, kept):
+    """In each of the second arm's runs one answer is NaN."""
+    if arm == "drlora":
+        kept["holdout_predictions"][0] = -1
+        held["holdout"] = {"metric": 0.0, "size": 200}
+        return held
+    right = kept["holdout_predictions"] == kept["holdout_labels"]
+    return held | {"holdout": {"metric": float(right.mean()), "size": 200}}
+
+
+def test_a_model_that_answers_nan_is_as_bad_by_example_as_by_seed(trial):
+    found = trial({"lora": 0.8, "drlora": 0.8}, change=one_nan)
+    by_example = paired_by_example(found, LORA).iloc[0]
+    (by_seed,) = paired_difference(found, value="holdout_score", by="task").itertuples()
+    assert by_example["mean"] == pytest.approx(by_seed.mean) and by_seed.mean < -0.7
+
+
+def test_a_baseline_alone_gives_an_empty_table_with_its_columns(trial):
+    found = trial({"lora": 0.8})
+    assert {"mean", "ci_low", "error", "smallest"} <= set(paired_by_example(found, LORA).columns)
+    empty = add_smallest_effect(paired_difference(found))
+    assert empty.empty and {"mean", "std", "smallest"} <= set(empty.columns)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -322,6 +382,27 @@ def test_a_mean_over_tasks_is_of_differences(frame):
     half = (row.ci_high - row.ci_low) / 2
     assert stats.t.ppf(0.975, 4) * error < half < stats.t.ppf(0.975, 2) * error
     assert "(2 tasks)" in show(mean_over_tasks(differences))
+
+
+def test_a_mean_over_tasks_of_differences_by_example_has_the_error_of_both(trial):
+    differences = paired_by_example(trial({"lora": 0.8, "drlora": 0.83}), LORA)
+    two = pd.concat([differences, differences.assign(task="rte")])
+    row, one = mean_over_tasks(two, "arm").iloc[0], differences.iloc[0]
+    assert row["mean"] == pytest.approx(one["mean"]) and row.n == 2
+    half = stats.t.ppf(0.975, 2 * one.freedom) * one.error / math.sqrt(2)
+    assert (row.ci_high - row.ci_low) / 2 == pytest.approx(half)
+    assert "(4 pairs, 200 examples)" in show(differences)
+
+
+def test_a_mean_over_tasks_is_of_one_budget(frame):
+    runs = []
+    for task, r in (("cola", 3), ("rte", 2)):
+        for method in ("lora", "drlora"):
+            runs += five(method, [0.5, 0.6], task=task, target_r=r, init_r=r)
+    differences = paired_difference(frame(*runs))
+    assert differences.budget.nunique() == 2
+    with pytest.raises(ValueError, match="drlora has several budgets: take one at a time"):
+        mean_over_tasks(differences)
 
 
 def test_a_mean_of_raw_metrics_is_refused(frame):
@@ -401,6 +482,23 @@ def test_runs_that_find_one_map_agree_beyond_their_permuted_maps(frame):
     assert row.permuted_low < row.permuted < row.permuted_high < 0.3 < row.spearman
     expected = f"{row.spearman:.2f}, permuted {row.permuted:.2f}"
     assert expected in show(pd.DataFrame([row])) and "(5 seeds)" in show(pd.DataFrame([row]))
+
+
+def test_a_run_that_diverged_has_no_map_and_is_counted(frame):
+    runs = [record("drlora", seed) | {"rank_pattern": dict(zip(MATRICES, own, strict=True))}
+            for seed, own in enumerate([range(36), range(36), range(36, 0, -1)])]  # fmt: skip
+    found = frame(*runs[:2], runs[2] | {"status": "diverged"})
+    row = map_agreement(found, permutations=20).iloc[0]
+    assert row.spearman == pytest.approx(1) and (row.n, row.diverged) == (2, 1)
+    assert "(2 seeds, 1 diverged)" in show(pd.DataFrame([row]))
+    with pytest.raises(ValueError, match="permutations = 0: must be at least 1"):
+        map_agreement(found, permutations=0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_runs_without_maps_agree_on_nothing_and_say_so_without_warnings(frame):
+    runs = [record("lora", seed) | {"rank_pattern": {}} for seed in range(2)]
+    assert math.isnan(map_agreement(frame(*runs)).iloc[0].spearman)
 
 
 def test_maps_that_share_only_what_a_shape_gets_agree_no_more_than_permuted_ones(frame):

@@ -147,6 +147,64 @@ def test_best_of_chooses_several_parameters_together_and_apart_for_what_by_names
     assert [(g["learning_rate"], g["batch_size"]) for g in given] == [(2e-3, 16), (2e-3, 32)]
 
 
+def tried(*runs: dict) -> None:
+    """Records in rates/, each with these parameters and this `best`."""
+    for number, run in enumerate(runs):
+        target = Path("rates", str(number))
+        target.mkdir(parents=True)
+        best, status = run.pop("best"), run.pop("status", "completed")
+        record = dict(status=status, best=best, evaluations=[], steps=9, total_steps=9)
+        given = {"task": "cola", "method": "lora", "seed": 100} | run
+        (target / "record.json").write_text(json.dumps(record | {"parameters": given, "seed": 100}))
+
+
+def chosen(parameter, by=("task", "method"), **grid) -> list:
+    best_of = {"folder": "rates", "parameter": parameter, "by": list(by)}
+    file = write_grid(notebook=None, best_of=best_of, **grid)
+    return [run.work.parameters for run in plan(read_grid(file), Path("runs"))]
+
+
+def test_best_of_takes_the_cell_that_a_word_for_several_parameters_stands_for():
+    """The paper's two budgets have other ranks, and here each rank has another best rate."""
+    best = {(2, 1e-3): 0.6, (2, 2e-3): 0.5, (8, 1e-3): 0.5, (8, 2e-3): 0.6}
+    tried(*[dict(target_r=r, learning_rate=rate, best=b) for (r, rate), b in best.items()])
+    beside = {"data_dir": "generated", "method": "lora"}
+    for budget, rank, rate in (("small", 2, 1e-3), ("large", 8, 2e-3)):
+        (run,) = chosen("learning_rate", ("task", "method", "target_r"),
+                        parameters=beside | {"table_8": budget})  # fmt: skip
+        assert (run["target_r"], run["learning_rate"]) == (rank, rate)
+
+
+def test_best_of_may_choose_the_score_of_importance():
+    tried(*[dict(method="drlora", score=s, best=b) for s, b in (("abs_c", 0.5), ("random", 0.4))])
+    (run,) = chosen("score", parameters={"data_dir": "generated", "method": "drlora"})
+    assert run["score"] == "abs_c"
+
+
+def test_a_whole_number_stays_one_beside_runs_that_lack_it():
+    tried(*[dict(batch_size=size, best=b) for size, b in ((16, 0.5), (32, 0.6))],
+          dict(method="bitfit", best=0.5))  # fmt: skip
+    beside = {"data_dir": "generated"}
+    (run,) = chosen("batch_size", parameters=beside | {"method": "lora"})
+    assert run["batch_size"] == 32 and isinstance(run["batch_size"], int)
+    with pytest.raises(ValueError, match="best_of has no runs of task = cola, method = bitfit"):
+        chosen("batch_size", parameters=beside | {"method": "bitfit"})
+
+
+def test_of_runs_that_all_diverged_none_is_best():
+    tried(*[dict(learning_rate=r, best=None, status="diverged") for r in (1.0, 2.0)])
+    with pytest.raises(ValueError, match=r"every run diverged: no learning_rate is the best"):
+        chosen("learning_rate", parameters={"data_dir": "generated", "method": "lora"})
+
+
+@pytest.mark.parametrize("word", ["table_8", "follow", "rank"])
+def test_best_of_refuses_what_no_record_has(word):
+    tried(dict(learning_rate=1e-3, best=0.5))
+    for given in (("learning_rate", ("task", word)), (word, ("task",))):
+        with pytest.raises(ValueError, match=f"best_of: a record has no '{word}'"):
+            chosen(*given, parameters={"data_dir": "generated", "method": "lora"})
+
+
 def test_best_of_without_records_says_what_to_do_first():
     grid = write_grid(best_of={"folder": "rates", "parameter": "learning_rate"})
     with pytest.raises(FileNotFoundError, match=r"below rates: run the grid that fills it"):

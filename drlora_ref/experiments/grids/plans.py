@@ -173,8 +173,9 @@ def _check_sets(file: str | Path, grid: Grid) -> None:
     if twice := [name for name, times in Counter(names).items() if times > 1]:
         raise ValueError(f"{file} sets {', '.join(twice)} in two places")
     # Where a run is kept is the grid's to say.
-    known = [*STANDS_FOR, *(f.name for f in fields(Settings) if f.name not in PLACES)]
-    check_known(f"{file}: a run has no", [*names, *best["by"]], known)
+    known = [f.name for f in fields(Settings) if f.name not in PLACES]
+    check_known(f"{file}: best_of: a record has no", [*best["parameter"], *best["by"]], known)
+    check_known(f"{file}: a run has no", names, [*STANDS_FOR, *known])
     given = [value for one in (same, *cases) for value in one.values()]
     for value in itertools.chain(given, *vary.values()):
         if not isinstance(value, str | int | float):
@@ -265,12 +266,13 @@ def _settings(
     """The settings of one run: the paper's, then the best ones, then what the grid says."""
     chosen = {"task": Settings.task, "method": Settings.method} | chosen
     pair = chosen["task"], chosen["method"]
-    cell = tuple(chosen.get(name, getattr(Settings, name)) for name in by)
     try:
         base = paper.settings(*pair, chosen.pop("table_8")) if "table_8" in chosen else {}
         if "follow" in chosen:
             check_name("follow", chosen.pop("follow"), ["authors"])
             base |= paper.authors(str(chosen["task"]))
+        given = base | chosen
+        cell = tuple(given.get(name, getattr(Settings, name)) for name in by)
         settings = Settings(**base | best.get(cell, {}) | chosen)
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from None
@@ -299,8 +301,19 @@ def _best(grid: Grid, seeds: set[Value]) -> dict[Cell, Parameters]:
         )
     renamed = {"score": "importance_score"}  # as the column is called
     by = [renamed.get(name, name) for name in grid["best_of"]["by"]]
-    chosen = summaries.choose(runs, names, by)
-    return {cell: dict(zip(names, values, strict=True)) for cell, values in chosen.items()}
+    columns = [renamed.get(name, name) for name in names]
+    if missing := [name for name in (*by, *columns) if name not in runs]:
+        raise ValueError(f"best_of: no run in {folder} says its {', '.join(missing)}")
+    best = {}
+    for cell, values in summaries.choose(runs, columns, by).items():
+        if all(value == value for value in values):  # not NaN: runs that do not say theirs
+            best[cell] = {name: _whole(name, v) for name, v in zip(names, values, strict=True)}
+    return best
+
+
+def _whole(name: str, value: Value) -> Value:
+    """A parameter out of a table: beside runs that lack it, a whole number is a float there."""
+    return int(value) if type(getattr(Settings, name)) is int else value
 
 
 def _look_at(task: str, data_dir: str) -> tuple[str, int]:

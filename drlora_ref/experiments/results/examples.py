@@ -22,6 +22,7 @@ from drlora_ref.experiments.results.summaries import (
     check_same,
 )
 from drlora_ref.experiments.run.records import read_predictions
+from drlora_ref.experiments.tasks.evaluation import SAME
 
 
 class Spread(NamedTuple):
@@ -87,12 +88,20 @@ def pseudo_values(metric: str, predictions: np.ndarray, labels: np.ndarray) -> n
     the metric. So a metric that is no mean, as Matthews' correlation, can be treated as one. Of an
     accuracy, pᵢ is 1 for a right answer and 0 for a wrong one.
 
-    Shapes: (N,), (N,) -> (N,). Raises ValueError for a metric without such values.
+    Choice: all are 0 where the task's metric is 0 by choice: where a model answered NaN (class -1),
+    and for scores that are all equal. Else a run would count as failed by seed, and not by example.
+
+    Shapes: (N,), (N,) -> (N,). Raises ValueError for a metric without such values, and for N = 0.
 
     >>> pseudo_values("accuracy", np.array([0, 1, 1]), np.array([0, 1, 0])).tolist()
     [1.0, 1.0, 0.0]
     """
     check_name("metric of examples", metric, METRICS)
+    if not len(labels):
+        raise ValueError("no example: there is nothing to compare")
+    classes = metric != "pearson"
+    if not np.isfinite(predictions).all() or (classes and predictions.min() < 0):
+        return np.zeros(len(labels))
     return METRICS[metric](predictions, labels)
 
 
@@ -123,15 +132,21 @@ def _matthews_of(table: np.ndarray) -> float:
 
 def _pearson(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
     x, y, N = predictions.astype(float), labels.astype(float), len(labels)
-    if not np.isfinite(x).all():
-        return np.zeros(N)  # as the task's own metric
+    if min(np.ptp(x), np.ptp(y)) < SAME:
+        return np.zeros(N)
+    defined = np.minimum(_range_without_each(x), _range_without_each(y)) >= SAME
     x, y = x - x.mean(), y - y.mean()
     part = N / (N - 1)  # sums of squares around the mean of all but one
     xx, yy, xy = (x @ x - part * x * x), (y @ y - part * y * y), (x @ y - part * x * y)
     spread = np.sqrt(np.maximum(xx * yy, 0.0))
-    without = np.divide(xy, spread, out=np.zeros(N), where=spread > 0)
-    whole = (x @ y) / math.sqrt((x @ x) * (y @ y)) if (x @ x) * (y @ y) > 0 else 0.0
-    return N * whole - (N - 1) * without
+    without = np.divide(xy, spread, out=np.zeros(N), where=defined & (spread > 0))
+    return N * (x @ y) / math.sqrt((x @ x) * (y @ y)) - (N - 1) * without
+
+
+def _range_without_each(x: np.ndarray) -> np.ndarray:
+    """Of all but the i-th, the largest less the smallest. Shapes: (N,) -> (N,), N at least 2."""
+    (low, next_low), (next_high, high) = np.sort(x)[:2], np.sort(x)[-2:]
+    return np.where(x == high, next_high, high) - np.where(x == low, next_low, low)
 
 
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
@@ -152,7 +167,8 @@ def paired_by_example(
 
     Columns: mean, n (pairs of runs with one seed), examples, unpaired; the 95 % intervals
     seeds_low/high (other seeds, these examples), examples_low/high (other examples, these seeds)
-    and ci_low/high (both others); `smallest`, the effect that this much data could have shown.
+    and ci_low/high (both others), with the standard error and the degrees of freedom of the last;
+    `smallest`, the effect that this much data could have shown.
     The metric is the task's, of the last model of each run. A run that diverged has 0 everywhere.
 
     Raises ValueError as `summarise` does; for a metric without pseudo_values; where a run has no
@@ -178,7 +194,8 @@ def paired_by_example(
             unpaired = len(theirs) + len(base) - 2 * len(seeds)
             pairs = [values[theirs[seed]] - values[base[seed]] for seed in seeds]
             rows.append({**names, **_intervals(pairs), "unpaired": unpaired})
-    return pd.DataFrame(rows)
+    columns = [*by, arm, "baseline", *_intervals([]), "unpaired"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _intervals(pairs: list[np.ndarray]) -> dict[str, float]:
@@ -189,6 +206,7 @@ def _intervals(pairs: list[np.ndarray]) -> dict[str, float]:
     row = {"mean": mean, "n": n, "examples": examples}
     for name, spread in zip(("seeds", "examples", "ci"), found, strict=True):
         row |= {f"{name}_low": mean - spread.half_width, f"{name}_high": mean + spread.half_width}
+    row |= found.both._asdict()
     return row | {"smallest": smallest_effect(found.both.error, found.both.freedom)}
 
 

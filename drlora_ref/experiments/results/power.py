@@ -47,8 +47,8 @@ def add_smallest_effect(differences: pd.DataFrame) -> pd.DataFrame:
 def mean_over_tasks(differences: pd.DataFrame, arm: str = "method") -> pd.DataFrame:
     """The mean of an arm's differences over tasks, one row an arm: of these tasks, not of others.
 
-    `differences` is paired_difference's: task, `arm`, baseline, mean, std, n. Its interval comes
-    from the seeds, task by task; each task weighs the same. `n` counts tasks.
+    `differences` is paired_difference's, whose interval comes from the seeds, or that of
+    paired_by_example, from seeds and examples. Each task weighs the same. `n` counts tasks.
     Raises ValueError for raw metrics: a Matthews correlation and an accuracy have no common unit,
     and a mean of them follows whichever varies most. Take differences, or mean_ranks. And for an
     arm that lacks a task which another has, or has no pair there.
@@ -64,14 +64,23 @@ def mean_over_tasks(differences: pd.DataFrame, arm: str = "method") -> pd.DataFr
     _check_tasks(differences, arm)
     rows = []
     for (name, baseline), own in differences.groupby([arm, "baseline"]):
-        k, n, mean = len(own), own["n"].to_numpy(), float(own["mean"].mean())
-        parts = own["std"].to_numpy() ** 2 / n  # NaN where a task has one pair: no interval then
-        whole, squares = parts.sum(), parts @ (parts / np.maximum(n - 1, 1))
+        k, mean = len(own), float(own["mean"].mean())
+        errors, freedoms = _errors(own)  # NaN where a task has one pair: no interval then
+        parts = errors**2
+        whole, squares = parts.sum(), parts @ (parts / np.maximum(freedoms, 1))
         freedom = math.inf if whole == 0 else whole**2 / squares
         half = float(student.ppf(1 - LEVEL / 2, freedom)) * math.sqrt(whole) / k
         row = {"task": f"mean of {k} tasks", arm: name, "baseline": baseline, "mean": mean}
         rows.append(row | {"n": k, "ci_low": mean - half, "ci_high": mean + half})
     return pd.DataFrame(rows)
+
+
+def _errors(differences: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Standard error and degrees of freedom of each row's mean."""
+    if "error" in differences:
+        return differences["error"].to_numpy(), differences["freedom"].to_numpy()
+    n = differences["n"].to_numpy()
+    return differences["std"].to_numpy() / np.sqrt(n), n - 1
 
 
 def mean_ranks(summary: pd.DataFrame, arm: str = "method") -> pd.DataFrame:
@@ -94,7 +103,9 @@ def _check_tasks(frame: pd.DataFrame, arm: str) -> None:
     for name, own in frame.groupby(arm):
         if missing := sorted(tasks - set(own.task)):
             raise ValueError(f"{name} was not run on {', '.join(missing)}: no mean over tasks")
+        if "budget" in own and own["budget"].nunique(dropna=False) > 1:
+            raise ValueError(f"{name} has several budgets: take one at a time")
         if len(own) > len(tasks):
-            raise ValueError(f"{name} has several rows of one task: take one budget at a time")
+            raise ValueError(f"{name} has several rows of one task: take one of them")
         if own["mean"].isna().any():
             raise ValueError(f"{name} has no pair on {', '.join(own.task[own['mean'].isna()])}")

@@ -9,6 +9,7 @@ from scipy.stats import rankdata
 
 from drlora_ref.experiments.results.summaries import check_cells
 from drlora_ref.experiments.run.records import read_record
+from drlora_ref.experiments.tasks.evaluation import check_positive
 from drlora_ref.inject import matrix_label
 
 
@@ -24,18 +25,22 @@ def map_agreement(
     permuted_high: the mean, and the range of 95 %, of the same after every map's ranks were dealt
     anew among the matrices of one shape. Read with care: permuted maps agree too, wherever the
     shapes differ in how much they get; agreement on single matrices is what lies above that.
-    NaN where a map has one rank everywhere: uniform LoRA's. `n` counts runs.
+    NaN where a map has one rank everywhere: uniform LoRA's. `n` counts maps. A run that diverged
+    has found none: it is left out, and counted in `diverged`.
 
-    Raises ValueError as `summarise` does, and for runs of a cell that have other matrices.
+    Raises ValueError as `summarise` does, for runs of a cell that have other matrices, and for less
+    than one permutation.
     """
     by = [by] if isinstance(by, str) else list(by)
+    check_positive(permutations=permutations)
     check_cells(frame, by, "score")
     rows = []
     for key, cell in frame.groupby(by, dropna=False):
-        if len(cell) > 1:
-            names = dict(zip(by, key, strict=True))
-            rows.append({**names, **_agreement(cell.folder.tolist(), permutations, seed)})
-    columns = [*by, "spearman", "n", "permuted", "permuted_low", "permuted_high"]
+        found = cell[cell.status != "diverged"].folder.tolist()
+        if len(found) > 1:
+            names = {**dict(zip(by, key, strict=True)), "diverged": len(cell) - len(found)}
+            rows.append({**names, **_agreement(found, permutations, seed)})
+    columns = [*by, "spearman", "n", "permuted", "permuted_low", "permuted_high", "diverged"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -47,8 +52,8 @@ def _agreement(folders: list[str], permutations: int, seed: int) -> dict[str, fl
             raise ValueError(f"{folder} and {folders[0]} have ranks of other matrices")
     ranks = np.array([[found[name] for name in names] for found in maps], dtype=float)
     found, rng = mean_spearman(ranks), np.random.default_rng(seed)
-    groups = same_shape(names)
-    dealt = [mean_spearman(_dealt(ranks, groups, rng)) for _ in range(permutations)]
+    groups, times = same_shape(names), permutations if math.isfinite(found) else 1
+    dealt = [mean_spearman(_dealt(ranks, groups, rng)) for _ in range(times)]
     low, high = np.quantile(dealt, [0.025, 0.975])
     return {
         "spearman": found,
@@ -68,10 +73,12 @@ def mean_spearman(ranks: np.ndarray) -> float:
     >>> mean_spearman(np.array([[0, 1, 2, 3], [0, 1, 2, 3], [3, 2, 1, 0]])).__round__(4)
     -0.3333
     """
+    if not ranks.shape[1]:
+        return math.nan
     placed = rankdata(ranks, axis=1)
     centred = placed - placed.mean(axis=1, keepdims=True)
     lengths = np.linalg.norm(centred, axis=1, keepdims=True)
-    if not lengths.all() or not ranks.shape[1]:
+    if not lengths.all():
         return math.nan
     n, total = len(ranks), (centred / lengths).sum(axis=0)
     return float((total @ total - n) / (n * (n - 1)))

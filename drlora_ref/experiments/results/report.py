@@ -10,8 +10,9 @@ from drlora_ref.experiments.sources import mpnet
 
 COUNTS = ("collapsed", "diverged", "unpaired")
 # What stands in a cell's text, of examples.py, power.py and rank_maps.py.
-COMPARED = ("examples", "seeds_low", "seeds_high", "examples_low", "examples_high", "smallest",
-            "mean_rank", "spearman", "permuted", "permuted_low", "permuted_high")  # fmt: skip
+COMPARED = ("examples", "seeds_low", "seeds_high", "examples_low", "examples_high", "error",
+            "freedom", "smallest", "mean_rank", "spearman", "permuted", "permuted_low",
+            "permuted_high")  # fmt: skip
 
 
 def beside_paper(summary: pd.DataFrame, number: int) -> pd.DataFrame:
@@ -82,16 +83,16 @@ def _cell_text(row: dict, scale: float) -> str:
     n, paired = row["n"], "baseline" in row
     if math.isnan(n):
         return "not run"
-    if "spearman" in row:
-        low, high = row["permuted_low"], row["permuted_high"]
-        permuted = f"permuted {row['permuted']:.2f} [{low:.2f}, {high:.2f}]"
-        return f"{row['spearman']:.2f}, {permuted} ({int(n)} seeds)"
     if "mean_rank" in row:
         return f"{row['mean_rank']:.2f} ({int(n)} task{'s' * (n != 1)})"
     what = ("pair" if "unpaired" in row else "task") if paired else "seed"
     counts = [f"{int(n)} {what}{'s' * (n != 1)}"]
     counts += [f"{int(row['examples'])} examples"] if row.get("examples") else []
     counts += [f"{int(row[name])} {name}" for name in COUNTS if row.get(name)]
+    if "spearman" in row:
+        low, high = row["permuted_low"], row["permuted_high"]
+        permuted = f"permuted {row['permuted']:.2f} [{low:.2f}, {high:.2f}]"
+        return f"{row['spearman']:.2f}, {permuted} ({', '.join(counts)})"
     if n == 0:
         return f"({', '.join(counts)})"
     sign = "+" if paired else ""

@@ -261,7 +261,8 @@ def paired_difference(
             unpaired = len(theirs) + len(base) - 2 * len(pairs)
             cell_keys = {**dict(zip(by, key, strict=True)), "method": method, "baseline": baseline}
             rows.append({**cell_keys, **_statistics(pairs), "unpaired": unpaired})
-    return _of_models(pd.DataFrame(rows), frame)
+    columns = [*by, "method", "baseline", *STATISTICS, "unpaired"]
+    return _of_models(pd.DataFrame(rows, columns=columns), frame)
 
 
 def choose(
@@ -276,8 +277,8 @@ def choose(
     cell is a tuple where `by` is a list.
 
     Read with care: the winner's score is flattered by having been picked. Report other seeds.
-    Raises ValueError as `summarise` does, and where values were tried on unequal sets of seeds: the
-    best of more draws looks better.
+    Raises ValueError as `summarise` does, where values were tried on unequal sets of seeds (the
+    best of more draws looks better), and where every run diverged: then none is best.
     """
     keys = [by] if isinstance(by, str) else list(by)
     names = [parameter] if isinstance(parameter, str) else list(parameter)
@@ -285,6 +286,8 @@ def choose(
     chosen = {}
     for key, cell in frame.groupby(keys, dropna=False):
         key = key[0] if isinstance(by, str) else key
+        if (cell.status == "diverged").all():
+            raise ValueError(f"{key}: every run diverged: no {' with '.join(names)} is the best")
         candidates = cell.groupby(names if len(names) > 1 else names[0], dropna=False)
         seeds = candidates.seed.agg(lambda tried: tuple(sorted(tried)))
         if seeds.nunique() > 1:
