@@ -406,18 +406,22 @@ def plot_schematic(dark: bool = False) -> plt.Figure:
 
 
 def plot_rank_heatmap(
-    rank_pattern: dict[str, int], axes: plt.Axes | None = None, title: str = ""
+    rank_pattern: dict[str, float], axes: plt.Axes | None = None, title: str = ""
 ) -> plt.Axes:
-    """Surviving components by matrix (rows) and layer (columns), as the paper's Figure 2."""
+    """Surviving components by matrix (rows) and layer (columns), as the paper's Figure 2.
+
+    Of one map whole numbers, of a mean of maps all with one decimal.
+    """
     places, rows, columns = _grid(list(rank_pattern))
     cells = dict(zip(places, rank_pattern.values(), strict=True))
     table = [[cells.get((row, column), float("nan")) for column in columns] for row in rows]
     axes = _axes(axes, figsize=(1.8 + 0.42 * len(columns), 1 + 0.36 * len(rows)))
     image = axes.imshow(table, cmap="viridis", vmin=0, aspect="auto")
+    form = ".1f" if any(value % 1 for value in cells.values()) else ".0f"
     for y, line in enumerate(table):
         for x, value in enumerate(line):
             bright = value > 0.6 * max(max(cells.values()), 1)
-            axes.text(x, y, f"{value:g}", ha="center", va="center", color="k" if bright else "w")
+            axes.text(x, y, f"{value:{form}}", ha="center", va="center", color="k" if bright else "w")
     axes.set_xticks(range(len(columns)), [f"{side}{layer}" for side, layer in columns])
     axes.set_yticks(range(len(rows)), rows)
     axes.set(xlabel="layer", title=title)
@@ -426,7 +430,7 @@ def plot_rank_heatmap(
 
 
 def plot_rank_heatmaps(
-    rank_patterns: dict[str, dict[str, int]],
+    rank_patterns: dict[str, dict[str, float]],
     across: int = 2,
     size: tuple[float, float] = (6.8, 3.2),
 ) -> plt.Figure:
