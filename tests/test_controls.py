@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from drlora_ref import BudgetSchedule
 from drlora_ref.experiments.methods import count_trainable, prepare, rank_pattern
 from drlora_ref.experiments.methods.prune_once import balanced_svd
 from drlora_ref.experiments.methods.rank_maps import permuted
-from drlora_ref.experiments.replicas.many_runs import run_replicas
+from drlora_ref.experiments.replicas.many_runs import run_replicas, set_up_replicas
 from drlora_ref.experiments.run import one_run
+from drlora_ref.experiments.run.rank_maps import shared_donors
 from drlora_ref.experiments.run.settings import Settings
 from drlora_ref.inject import default_target_modules, find_targets
 
@@ -40,7 +42,7 @@ def test_each_matrix_has_the_rank_of_the_map_and_the_scaling_of_uniform_lora():
         name: rank for name, rank in MAP.items() if rank
     }
     assert {m.scaling["default"] for m in layers.values()} == {8 / 2}
-    assert rank_pattern(prepared) == MAP  # with its zeros
+    assert list(rank_pattern(prepared).items()) == list(MAP.items())  # with its zeros, in order
     sizes = {name: sum(m.weight.shape) for name, m in MATRICES.items()}
     counted = sum(rank * sizes[name] for name, rank in MAP.items())
     assert count_trainable(prepared)["adapter"] == counted
@@ -48,12 +50,12 @@ def test_each_matrix_has_the_rank_of_the_map_and_the_scaling_of_uniform_lora():
 
 def test_a_map_of_equal_ranks_is_uniform_lora_bit_for_bit():
     uniform, trained = dict.fromkeys(NAMES, 2), []
-    for given in ({}, {"rank_map": uniform}, {"rank_map": uniform, "permute_map": 3}):
+    for given in ({}, {"rank_map": uniform}):
         prepared = prepare("lora", fresh(), SCHEDULE, **given)
         train_steps(prepared, adam(prepared), range(1, 6))
         trained.append([p.detach() for p in prepared.model.parameters() if p.requires_grad])
-    for other in trained[1:]:
-        assert all(map(torch.equal, trained[0], other)) and len(trained[0]) == len(other)
+    one, other = trained
+    assert all(map(torch.equal, one, other)) and len(one) == len(other)
 
 
 def test_a_permuted_map_deals_the_same_ranks_within_each_shape():
@@ -70,6 +72,32 @@ def test_a_permuted_map_deals_the_same_ranks_within_each_shape():
         for seed in (0, 1, 2)
     ]
     assert counts[0] == counts[1] == counts[2]
+
+
+# Of these, a single deal often changes nothing: the control would be the map itself.
+SKEWED = {
+    "two matrices": ({"a": 1, "b": 2}, {"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)}),
+    "one exchange": (dict.fromkeys(NAMES, 2) | {NAMES[0]: 3, NAMES[1]: 1}, MATRICES),
+    "one shape of three": (dict.fromkeys(NAMES, 2) | {NAMES[5]: 3, NAMES[11]: 1}, MATRICES),
+}
+
+
+@pytest.mark.parametrize("ranks, matrices", SKEWED.values(), ids=SKEWED)
+def test_a_permuted_map_is_never_the_map_itself_and_else_the_first_deal(ranks, matrices):
+    by_shape: dict[tuple, list[str]] = {}
+    for name, matrix in matrices.items():
+        by_shape.setdefault(tuple(matrix.weight.shape), []).append(name)
+    unchanged = 0
+    for seed in range(1, 201):
+        first, rng = {}, random.Random(seed)
+        for names in by_shape.values():
+            own = [ranks[name] for name in names]
+            rng.shuffle(own)
+            first |= zip(names, own, strict=True)
+        dealt = permuted(ranks, matrices, seed)
+        assert dealt != ranks and (first == ranks or dealt == first)
+        unchanged += first == ranks
+    assert unchanged  # so the test met what it is about
 
 
 @pytest.mark.parametrize(
@@ -93,10 +121,23 @@ def test_a_map_that_leaves_a_matrix_out_is_refused():
         prepare("lora", fresh(), SCHEDULE, rank_map={n: MAP[n] for n in NAMES if n != NAMES[3]})
 
 
-def test_a_permutation_of_matrices_that_all_differ_is_refused():
-    matrices = {"a": nn.Linear(3, 4), "b": nn.Linear(4, 3)}
-    with pytest.raises(ValueError, match="permute_map: no two matrices have one shape"):
-        permuted({"a": 1, "b": 3}, matrices, seed=1)
+@pytest.mark.parametrize("ranks", [(2, 2, 2, 2), (1, 1, 3, 3), (0, 0, 4, 4)])
+def test_a_map_of_equal_ranks_within_each_shape_cannot_be_permuted(ranks):
+    shapes = {"a": (3, 4), "b": (3, 4), "c": (4, 3), "d": (4, 3)}
+    matrices = {name: nn.Linear(*shape) for name, shape in shapes.items()}
+    message = "permute_map: no two matrices of one shape have different ranks"
+    with pytest.raises(ValueError, match=message):
+        permuted(dict(zip(matrices, ranks, strict=True)), matrices, seed=1)
+    with pytest.raises(ValueError, match=message):  # of each shape there is one
+        permuted({"a": 1, "c": 3}, {"a": matrices["a"], "c": matrices["c"]}, seed=1)
+
+
+def test_a_run_and_a_replica_whose_map_cannot_be_permuted_are_refused(tmp_path):
+    (tmp_path / "map.json").write_text(json.dumps(dict.fromkeys(NAMES, 2)))
+    given = lora_run(tmp_path / "run", rank_map=str(tmp_path / "map.json"), permute_map=1)
+    for start in (one_run.set_up, lambda one: set_up_replicas([one])):
+        with pytest.raises(ValueError, match="permute_map: no two matrices of one shape"):
+            start(given)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +233,70 @@ def test_folders_and_files_that_hold_no_map_for_this_run_are_refused(tmp_path, d
     assert not list((tmp_path / "run").iterdir())
 
 
+def donor_folder(folder, records: dict[str, dict]):
+    """A record for each name; what it does not say is as of a sound run of MAP."""
+    model = one_run.resolve_model("tiny-roberta").about()
+    for name, own in records.items():
+        (folder / name).mkdir(parents=True)
+        record = {"status": "completed", "model": model, "rank_pattern": MAP} | own
+        (folder / name / "record.json").write_text(json.dumps(record))
+    return folder
+
+
+def source_for(folder, rank_map, seed: int) -> str:
+    ready = one_run.set_up(lora_run(folder / "run", seed=seed, rank_map=str(rank_map)))
+    return ready.rank_map.source
+
+
+def test_a_donor_that_diverged_is_passed_over_and_one_that_collapsed_is_not(tmp_path):
+    """The first has found no map; of the second it is not for the control to judge."""
+    status = {0: "completed", 1: "diverged", 2: "collapsed", 3: "diverged"}
+    records = {f"s{seed}": {"seed": seed, "status": word} for seed, word in status.items()}
+    folder = donor_folder(tmp_path / "found", records)
+    sources = [source_for(tmp_path, folder, seed) for seed in range(4)]
+    assert sources == [f"run s{donor}, seed {donor}" for donor in (2, 2, 0, 0)]
+    assert source_for(tmp_path, folder / "s2", 9) == "run s2, seed 2"
+
+
+def test_where_every_donor_diverged_its_status_is_named(tmp_path):
+    records = {"a": {"seed": 1, "status": "diverged"}, "b": {"seed": 2, "status": "diverged"}}
+    folder = donor_folder(tmp_path / "found", records)
+    for place in (folder / "a", folder / "a" / "record.json"):
+        with pytest.raises(ValueError, match=r"record\.json has the status 'diverged'.*no map"):
+            source_for(tmp_path, place, 5)
+    donor_folder(folder, {"own": {"seed": 5}})
+    with pytest.raises(ValueError, match="of another seed only runs with the status 'diverged' in"):
+        source_for(tmp_path, folder, 5)
+    assert source_for(tmp_path, folder, 4) == "run own, seed 5"
+
+
+@pytest.mark.parametrize("seed", [None, "one", 1.0, True, [1]])
+def test_a_donor_whose_seed_is_no_number_is_refused_by_name(tmp_path, seed):
+    folder = donor_folder(tmp_path / "found", {"sound": {"seed": 1}, "odd": {"seed": seed}})
+    with pytest.raises(ValueError, match=r"odd.record\.json: seed = .* must be a whole number"):
+        source_for(tmp_path, folder, 0)
+
+
+def test_seeds_that_get_the_map_of_one_donor_are_named(tmp_path, monkeypatch):
+    records = {f"s{seed}": {"seed": seed} for seed in (0, 1, 2)}
+    folder = donor_folder(tmp_path / "found", records)
+    assert shared_donors(str(folder), (0, 1, 2)) == {}  # each gets another one
+    assert shared_donors(str(folder), (5, 7, 6, 6)) == {0: [5, 6, 7]}
+    shared = shared_donors(str(folder), range(5))
+    assert shared == {0: [2, 3, 4]}
+    for donor, seeds in shared.items():
+        assert {source_for(tmp_path, folder, seed) for seed in seeds} == {
+            f"run s{donor}, seed {donor}"
+        }
+    donor_folder(folder, {"s3": {"seed": 3, "status": "diverged"}})
+    assert shared_donors(str(folder), range(4)) == {0: [2, 3]}
+    # One record offers no choice, nor does a folder of one, nor no map at all.
+    one = donor_folder(tmp_path / "one", {"s8": {"seed": 8}})
+    monkeypatch.chdir(folder)
+    for place in (folder / "s0", folder / "s0" / "record.json", one, ""):
+        assert shared_donors(str(place), (5, 6)) == {}
+
+
 def test_runs_with_maps_are_replicas_like_any_other(tmp_path):
     """Each with its own map, a matrix of rank 0 among them, beside a dynamic one."""
     (tmp_path / "map.json").write_text(json.dumps(MAP))
@@ -213,6 +318,35 @@ def test_runs_with_maps_are_replicas_like_any_other(tmp_path):
         for name in (*same, "budget_curve"):
             assert record[name] == alone[name], name
         assert record["loss_curve"] == pytest.approx(alone["loss_curve"], abs=3e-5)
+
+
+def test_a_matrix_without_rank_in_every_replica_is_in_every_record(tmp_path):
+    """As in the record of the run alone, in the same order; and the map serves another run."""
+    (tmp_path / "map.json").write_text(json.dumps(MAP))
+    given = dict(rank_map=str(tmp_path / "map.json"))
+    runs = [lora_run(tmp_path / f"r{seed}", seed=seed, **given) for seed in (0, 1)]
+    for i, record in enumerate(run_replicas(runs)):
+        alone = one_run.run(lora_run(tmp_path / f"alone{i}", seed=i, **given))
+        for name in ("rank_pattern", "trainable_parameters", "trained_bytes", "key"):
+            assert record[name] == alone[name], name
+        assert list(record["rank_pattern"].items()) == list(MAP.items())
+        assert list(alone["rank_pattern"]) == NAMES
+        again = one_run.set_up(lora_run(tmp_path / "again", rank_map=str(tmp_path / f"r{i}")))
+        assert again.rank_map.ranks == MAP
+
+
+def test_the_map_of_one_replica_changes_no_bit_of_the_others(tmp_path):
+    """With dropout, which is drawn in every matrix, whichever of them have components."""
+    (tmp_path / "map.json").write_text(json.dumps(MAP))
+    given, histories = dict(rank_map=str(tmp_path / "map.json")), []
+    for i, other in enumerate((given, given | {"permute_map": 1}, {})):
+        runs = [
+            lora_run(tmp_path / f"{i}a", **given),
+            lora_run(tmp_path / f"{i}b", seed=1, **other),
+        ]
+        histories.append([trained.history for trained in set_up_replicas(runs)[1].run()])
+    assert all(one == histories[0][0] for one, _ in histories)
+    assert len({tuple(second.losses) for _, second in histories}) == 3
 
 
 # --- prune once --------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def test_without_a_notebook_a_run_is_given_all_its_settings():
     assert not set(run.work.parameters) & set(plans.PLACES)
 
 
-def test_a_run_with_a_rank_map_is_planned_by_what_the_map_holds():
+def test_a_run_with_a_rank_map_is_planned_by_what_the_map_holds(capsys):
     sha256 = plans.resolve_model("tiny-roberta").sha256
     parameters = {"data_dir": "generated", "method": "lora", "rank_map": "found", "holdout": 14}
     grid = write_grid(notebook=None, parameters=parameters, vary={"seed": [0, 1]})
@@ -89,6 +89,11 @@ def test_a_run_with_a_rank_map_is_planned_by_what_the_map_holds():
         {"seed": 1, "model": {"sha256": sha256}, "rank_pattern": {"a": 2, "b": 1}}))  # fmt: skip
     changed = plan(read_grid(again), Path("runs"))
     assert changed[0].key != first.key and changed[1].key == second.key  # seed 1 gets donor 0's
+    assert "share the map" not in capsys.readouterr().out
+    more = write_grid(notebook=None, parameters=parameters | {"rank_map": "moved"},
+                      vary={"seed": [0, 1, 2, 3]})  # fmt: skip
+    plan(read_grid(more), Path("runs"))
+    assert "moved: the runs of seeds [1, 2, 3] share the map of seed 0\n" in capsys.readouterr().out
 
 
 def test_more_rows_than_there_are_cannot_be_drawn_and_held_out():

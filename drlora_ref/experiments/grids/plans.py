@@ -33,7 +33,7 @@ from drlora_ref.experiments.given import check_known, check_name, place, read_ya
 from drlora_ref.experiments.grids import Value, processes
 from drlora_ref.experiments.replicas.many_runs import can_be_replica, shared_settings
 from drlora_ref.experiments.results import paper, summaries
-from drlora_ref.experiments.run.rank_maps import find_rank_map, sha256_of
+from drlora_ref.experiments.run.rank_maps import find_rank_map, sha256_of, shared_donors
 from drlora_ref.experiments.run.settings import PLACES, Settings, run_key
 from drlora_ref.experiments.sources.models import ModelSource, resolve_model
 from drlora_ref.experiments.tasks.data import check_sizes
@@ -201,6 +201,8 @@ def expand(grid: Grid) -> list[tuple[str, Parameters]]:
 def plan(grid: Grid, out: Path) -> list[PlannedRun]:
     """Every run of a grid, checked; reads data and models, starts and writes nothing.
 
+    Says where runs of several seeds would share one donor's rank map: they are not independent.
+
     Raises what the checks raise: of the notebook, of Settings, of data, models and schedules;
     ValueError for two runs that are the same.
     """
@@ -228,6 +230,10 @@ def plan(grid: Grid, out: Path) -> list[PlannedRun]:
         steps = _steps(label, one, rows)
         shared = (steps, *shared_settings(one).items()) if can_be_replica(one) else None
         runs[key] = PlannedRun(label, key, steps, work, shared, model)
+    for rank_map in sorted({one.rank_map for one in settings}):
+        seeds = [one.seed for one in settings if one.rank_map == rank_map]
+        for donor, theirs in shared_donors(rank_map, seeds).items():
+            print(f"rank_map {rank_map}: the runs of seeds {theirs} share the map of seed {donor}")
     return list(runs.values())
 
 

@@ -286,14 +286,18 @@ def check_method(method: str) -> None:
 
 
 def rank_pattern(prepared: Prepared) -> dict[str, int]:
-    """Components of each matrix now, by its name in the model that was given; {} without ranks."""
+    """Components of each matrix now, by its name in the model that was given; {} without ranks.
+
+    In the model's order, the matrices without rank among the others.
+    """
     if prepared.allocator:
         return prepared.allocator.rank_pattern()
-    ranks = dict.fromkeys(prepared.without_rank, 0)
-    return ranks | {
-        name.removeprefix("base_model.model."): module.r["default"]
-        for name, module in prepared.model.named_modules()
-        if isinstance(module, LoraLayer)
+    named = prepared.model.named_modules()
+    modules = {name.removeprefix("base_model.model."): module for name, module in named}
+    return {
+        name: module.r["default"] if isinstance(module, LoraLayer) else 0
+        for name, module in modules.items()
+        if isinstance(module, LoraLayer) or name in prepared.without_rank
     }
 
 

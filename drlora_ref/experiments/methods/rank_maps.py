@@ -77,7 +77,8 @@ def permuted(
 ) -> dict[str, int]:
     """The same ranks, dealt anew among the matrices of one shape: parameters stay as many.
 
-    Raises ValueError where every shape has one matrix: nothing could move.
+    Dealt until some matrix has another rank: else the control would be the map itself. Raises
+    ValueError where no deal could do that, as of a map with one rank in every matrix.
 
     >>> matrices = {"a": nn.Linear(4, 4), "b": nn.Linear(4, 8), "c": nn.Linear(4, 4)}
     >>> permuted({"a": 1, "b": 2, "c": 3}, matrices, seed=2)
@@ -86,11 +87,15 @@ def permuted(
     by_shape: dict[tuple[int, ...], list[str]] = {}
     for name, matrix in matrices.items():
         by_shape.setdefault(tuple(matrix.weight.shape), []).append(name)
-    if all(len(names) == 1 for names in by_shape.values()):
-        raise ValueError("permute_map: no two matrices have one shape, so no rank can move")
+    if all(len({ranks[name] for name in names}) == 1 for names in by_shape.values()):
+        raise ValueError(
+            "permute_map: no two matrices of one shape have different ranks, so every permutation "
+            "is the map itself"
+        )
     dealt, rng = dict(ranks), random.Random(seed)
-    for names in by_shape.values():
-        own = [ranks[name] for name in names]
-        rng.shuffle(own)
-        dealt.update(zip(names, own, strict=True))
+    while dealt == ranks:
+        for names in by_shape.values():
+            own = [ranks[name] for name in names]
+            rng.shuffle(own)
+            dealt.update(zip(names, own, strict=True))
     return dealt

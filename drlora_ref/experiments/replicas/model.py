@@ -26,16 +26,19 @@ from drlora_ref.experiments.tasks.data import Batch
 from drlora_ref.inject import in_head
 from drlora_ref.layer import dynamic_layers
 
+# In one matrix: lora_A (r, d_in), lora_B (d_out, r), lora_c (r,), scaling.
+Components = tuple[Tensor, Tensor, Tensor, float]
+
 
 class Part(NamedTuple):
     """What one run trains, taken out of its model: its components by matrix, and its head.
 
-    components: {name: (lora_A (r, d_in), lora_B (d_out, r), lora_c (r,), scaling)}; LoRA's c is 1
-    and `prunes` False: it is not trained. A matrix that a rank map leaves out is not there. head:
-    {name of the parameter: its tensor}.
+    components: by the matrix's name. LoRA's c is 1 and `prunes` False: it is not trained. A matrix
+    that a rank map leaves out is there with r = 0: so all runs have the same matrices.
+    head: {name of the parameter: its tensor}.
     """
 
-    components: dict[str, tuple[Tensor, Tensor, Tensor, float]]
+    components: dict[str, Components]
     head: dict[str, Tensor]
     prunes: bool
 
@@ -47,6 +50,7 @@ def take_apart(prepared: Prepared) -> Part:
     rank-1 components.
     """
     model = prepared.model
+    parts: dict[str, Components]
     if layers := dynamic_layers(model):
         parts = {n: (m.lora_A, m.lora_B, m.lora_c, m.scaling) for n, m in layers.items()}
     else:
@@ -60,6 +64,10 @@ def take_apart(prepared: Prepared) -> Part:
     trained = sum(p.requires_grad for p in model.parameters())
     if not parts or trained != len(head) + len(parts) * (3 if layers else 2):
         raise ValueError("only drlora and lora can be replicas on one encoder, run others singly")
+    for name in prepared.without_rank:
+        parts[name] = _no_components(
+            cast(nn.Linear, model.get_submodule(f"base_model.model.{name}"))
+        )
     return Part(
         {n: (*(t.detach() for t in part[:3]), part[3]) for n, part in parts.items()},
         {n: p.detach() for n, p in head.items()},
@@ -67,9 +75,15 @@ def take_apart(prepared: Prepared) -> Part:
     )
 
 
-def _as_components(layer: LoraLayer) -> tuple[Tensor, Tensor, Tensor, float]:
+def _as_components(layer: LoraLayer) -> Components:
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     return A, B, torch.ones_like(A[:, 0]), layer.scaling["default"]
+
+
+def _no_components(linear: nn.Linear) -> Components:
+    """What a run has in a matrix that its rank map leaves out."""
+    d_out, d_in = linear.weight.shape
+    return torch.zeros(0, d_in), torch.zeros(d_out, 0), torch.zeros(0), 1.0
 
 
 class ReplicatedLoRALinear(nn.Module):
@@ -128,17 +142,20 @@ class ReplicatedLinear(nn.Module):
 def replicate(model: nn.Module, parts: list[Part], lora_dropout: float) -> nn.Module:
     """Put the parts of R runs into one plain model, in place, and freeze all else; returns it.
 
+    A matrix in which no run has a component is replaced too. It adds nothing, but every record
+    gives its rank, and what a run draws for dropout does not hang on the maps of the others.
+
     Raises ValueError if the runs adapt other matrices, or the head is more than linear layers.
     """
     adapted = {name for part in parts for name in part.components}
     names = [name for name, _ in model.named_modules() if name in adapted]
-    if any(part.prunes and list(part.components) != names for part in parts):
+    if any(part.components.keys() != adapted for part in parts):
         raise ValueError("replicas must adapt the same matrices: these runs differ")
     r = max(len(c) for part in parts for _, _, c, _ in part.components.values())
     model.requires_grad_(False)
     for name in names:
         linear = cast(nn.Linear, model.get_submodule(name))
-        components = [part.components.get(name) or _no_components(linear) for part in parts]
+        components = [part.components[name] for part in parts]
         model.set_submodule(name, ReplicatedLoRALinear(linear, components, r, lora_dropout))
     left = set(parts[0].head)
     for name, module in list(model.named_modules()):
@@ -150,12 +167,6 @@ def replicate(model: nn.Module, parts: list[Part], lora_dropout: float) -> nn.Mo
     if left:
         raise ValueError(f"the head's {', '.join(sorted(left))} cannot be replicated: run singly")
     return model
-
-
-def _no_components(linear: nn.Linear) -> tuple[Tensor, Tensor, Tensor, float]:
-    """What a run has in a matrix that its rank map leaves out."""
-    d_out, d_in = linear.weight.shape
-    return torch.zeros(0, d_in), torch.zeros(d_out, 0), torch.zeros(0), 1.0
 
 
 def replicated_layers(model: nn.Module) -> dict[str, ReplicatedLoRALinear]:

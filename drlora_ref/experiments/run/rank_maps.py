@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from drlora_ref.experiments.given import place, read_yaml
+from drlora_ref.experiments.given import place, read_yaml, shown
 from drlora_ref.experiments.run.records import read_record
 from drlora_ref.experiments.run.settings import Settings
 
@@ -36,17 +37,23 @@ def find_rank_map(settings: Settings, model_sha256: str) -> RankMap | None:
     - a record.json, or the folder of one run: the ranks that this run ended with
     - a folder of runs: those of the run with the next seed. Next to the highest comes the lowest,
       so that s runs with the seeds of s donors each get a map, each another one, and none its own
+      (where it is otherwise, shared_donors says so)
     - any other file, YAML or JSON: its lines `matrix: rank`
 
+    A run that diverged has found no map: in a folder it is passed over. One that collapsed has:
+    which runs are good is not for the control to choose.
+
     Whether the map fits the model, methods.rank_maps says. Raises FileNotFoundError, and ValueError
-    for a record that is cut short or of another model, for a folder with two runs of one seed, or
-    with none of another seed, and for a file that holds anything else.
+    for a record that is cut short, of another model or of a run that diverged, for a folder with
+    two runs of one seed, a seed that is no whole number, or no map of another seed, and for a file
+    that holds anything else.
     """
     if not settings.rank_map:
         return None
     path = place(settings.rank_map)
-    if path.is_dir() and not (path / "record.json").exists():
-        return _next_in(path, settings.seed, model_sha256)
+    if _is_folder_of_runs(path):
+        donors = _donors(path)
+        return _of_record(*donors[_next(settings.seed, donors, path)], model_sha256)
     if path.is_dir():
         path = path / "record.json"
     if not path.exists():
@@ -57,23 +64,56 @@ def find_rank_map(settings: Settings, model_sha256: str) -> RankMap | None:
     return RankMap(found, f"file {path.name}")
 
 
-def _next_in(folder: Path, seed: int, model_sha256: str) -> RankMap:
+def shared_donors(rank_map: str, seeds: Iterable[int]) -> dict[int, list[int]]:
+    """{seed of a donor: the seeds of the runs that get its map}, where these are two or more.
+
+    Runs that share a map say less than as many runs with a map each. {} where `rank_map` offers no
+    choice: "", one record, one file, a folder of one run. Raises ValueError as find_rank_map does
+    for a folder.
+    """
+    path = place(rank_map)
+    donors = _donors(path) if rank_map and _is_folder_of_runs(path) else {}
+    runs: dict[int, list[int]] = {}
+    for seed in sorted(set(seeds)) if len(donors) > 1 else ():
+        runs.setdefault(_next(seed, donors, path), []).append(seed)
+    return {donor: theirs for donor, theirs in runs.items() if len(theirs) > 1}
+
+
+def _is_folder_of_runs(path: Path) -> bool:
+    return path.is_dir() and not (path / "record.json").exists()
+
+
+def _donors(folder: Path) -> dict[int, tuple[Path, dict]]:
+    """{seed: (path, record)} of all runs in or below a folder."""
     donors: dict[int, tuple[Path, dict]] = {}
     for path in sorted(folder.rglob("record.json")):
         record = read_record(path)
-        its_seed = record.get("seed", record.get("parameters", {}).get("seed", 0))
-        if its_seed in donors:
+        given = record.get("parameters")
+        seed = record.get("seed", given.get("seed", 0) if isinstance(given, dict) else 0)
+        if type(seed) is not int:
+            raise ValueError(f"rank_map: {path}: seed = {shown(seed)} must be a whole number")
+        if seed in donors:
             raise ValueError(
-                f"rank_map: {donors[its_seed][0]} and {path} are both of seed {its_seed}: a folder "
-                "of maps holds one run for each seed"
+                f"rank_map: {donors[seed][0]} and {path} are both of seed {seed}: a folder of maps "
+                "holds one run for each seed"
             )
-        donors[its_seed] = path, record
+        donors[seed] = path, record
+    return donors
+
+
+def _next(seed: int, donors: dict[int, tuple[Path, dict]], folder: Path) -> int:
+    """The seed of the donor whose map the run of this seed gets."""
     others = sorted(set(donors) - {seed})
-    if not others:
+    sound = [other for other in others if not _diverged(donors[other][1])]
+    if not sound:
         there = "no run of another seed" if donors else "no record.json"
+        there = "of another seed only runs with the status 'diverged'" if others else there
         raise ValueError(f"rank_map: {there} in or below {folder}, for the run of seed {seed}")
-    chosen = next((other for other in others if other > seed), others[0])
-    return _of_record(*donors[chosen], model_sha256)
+    return next((other for other in sound if other > seed), sound[0])
+
+
+def _diverged(record: dict) -> bool:
+    return record.get("status") == "diverged"
 
 
 def _of_record(path: Path, record: dict, model_sha256: str) -> RankMap:
@@ -85,5 +125,7 @@ def _of_record(path: Path, record: dict, model_sha256: str) -> RankMap:
         raise ValueError(
             f"rank_map: {path} is of another model (sha256 {theirs[:12]}, here {model_sha256[:12]})"
         )
+    if _diverged(record):
+        raise ValueError(f"rank_map: {path} has the status 'diverged': this run found no map")
     seed = record.get("seed", "unknown")
     return RankMap(ranks, f"run {path.resolve().parent.name}, seed {seed}")
