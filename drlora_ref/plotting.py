@@ -421,7 +421,9 @@ def plot_rank_heatmap(
     for y, line in enumerate(table):
         for x, value in enumerate(line):
             bright = value > 0.6 * max(max(cells.values()), 1)
-            axes.text(x, y, f"{value:{form}}", ha="center", va="center", color="k" if bright else "w")
+            axes.text(
+                x, y, f"{value:{form}}", ha="center", va="center", color="k" if bright else "w"
+            )
     axes.set_xticks(range(len(columns)), [f"{side}{layer}" for side, layer in columns])
     axes.set_yticks(range(len(rows)), rows)
     axes.set(xlabel="layer", title=title)
