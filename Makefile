@@ -14,7 +14,7 @@ SETTINGS ?= notebooks/settings/$(if $(filter grammar,$(TASK)),laptop,glue_laptop
 PAPER := layer importance schedule regularizer allocator train inject planted
 
 # What mypy may find in experiments/; everywhere else it finds nothing. Lower it when you can.
-MYPY_ERRORS := 58
+MYPY_ERRORS := 57
 
 run: $(READY)
 	$(BIN)/python -m drlora_ref.experiments notebook notebooks/09_a_real_run.ipynb $(OUT) \

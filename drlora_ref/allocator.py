@@ -94,19 +94,21 @@ def seen_by_the_step(
 
 
 def c_gradients(layers: dict[str, Any]) -> list[Tensor]:
-    """The gradient of each layer's c. Raises ValueError if one has none at this point.
+    """The gradient of each layer's c: zeros for a layer that the step skipped (layerdrop, experts).
+
+    Raises ValueError if no layer has one at this point.
 
     >>> c_gradients({"query": RankOneComponents(2, 2, r=1)})  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    ValueError: query.lora_c has no gradient: call the allocator after optimizer.step() and ...
+    ValueError: no layer's lora_c has a gradient: call the allocator after optimizer.step() and ...
     """
-    for name, layer in layers.items():
-        if layer.lora_c.grad is None:
-            raise ValueError(
-                f"{name}.lora_c has no gradient: call the allocator after optimizer.step() and "
-                "before optimizer.zero_grad()"
-            )
-    return [layer.lora_c.grad for layer in layers.values()]
+    cs = [layer.lora_c for layer in layers.values()]
+    if all(c.grad is None for c in cs):
+        raise ValueError(
+            "no layer's lora_c has a gradient: call the allocator after optimizer.step() and "
+            "before optimizer.zero_grad()"
+        )
+    return [torch.zeros_like(c) if c.grad is None else c.grad for c in cs]
 
 
 def unreached(layers: dict[str, Any]) -> set[str]:

@@ -6,8 +6,9 @@ update that each linear map needs is planted, with a rank of our choosing, and t
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import cast
 
 import torch
@@ -22,6 +23,11 @@ from drlora_ref.schedule import BudgetSchedule
 SINGULAR_VALUE = 2.0  # of every planted direction, in every map
 BATCH = 64  # fresh inputs per map and step
 LEARNING_RATE = 1e-2
+
+# Within which a map's numbers may be, and over how many decades its inputs. The optimizer squares
+# gradients, which are products of two inputs. Float32 holds that with any one number at its limit.
+SMALLEST, LARGEST = 1e-6, 1e6
+MOST_DECADES = 12.0
 
 
 @dataclass(frozen=True)
@@ -48,14 +54,13 @@ class RecoveryResult:
 def plant(planted_ranks: list[int], dim: int, generator: torch.Generator) -> Tensor:
     """Updates ΔW* = 2 U Vᵀ with orthonormal columns: (maps, dim, dim), every singular value 2 or 0.
 
-    Raises ValueError for a rank below 0 or above dim.
+    Raises ValueError as check_ranks.
 
     >>> W = plant([0, 3], dim=8, generator=torch.Generator().manual_seed(0))
     >>> torch.linalg.matrix_rank(W).tolist()
     [0, 3]
     """
-    if not all(0 <= rank <= dim for rank in planted_ranks):
-        raise ValueError(f"planted_ranks = {planted_ranks}: each must be between 0 and dim = {dim}")
+    planted_ranks = check_ranks(planted_ranks, dim)
     noise = torch.randn(2, len(planted_ranks), dim, dim, generator=generator)
     U, V = torch.linalg.qr(noise).Q  # orthonormal columns, (maps, dim, dim) each
     columns = torch.arange(dim).unsqueeze(0)  # each map uses as many columns as its rank
@@ -126,12 +131,15 @@ def recover(
 
     AdamW without decay, no dropout, no penalty; schedule and allocator as everywhere. A seed of
     1,500 steps takes seconds on a CPU. Raises ValueError as `plant`, BudgetSchedule and
-    RankAllocator do, for an unknown penalty, or for numbers that are out of range or not one a map.
+    RankAllocator do, for an unknown penalty, for numbers that are out of range or not one a map, or
+    where nothing that counts is planted: the error is relative to that.
 
     >>> recover([0, 2], dim=8, init_r=4, target_r=1, total_steps=400, noise=0.0).ranks
     [0, 2]
     """
     check_training(noise, penalty_weight, learning_rate)
+    check_whole(dim=dim, seed=seed)
+    planted_ranks = check_ranks(planted_ranks, dim)
     penalise = penalty_function(penalty)
     scales, factors, weights = of_each_map(planted_ranks, input_scales, strengths, loss_weights)
     lengths = scales * directions(dim, stretch)  # (maps, 1, dim)
@@ -168,7 +176,7 @@ def recover(
     error = ((found - truth) * seen).square().sum() / (truth * seen).square().sum()
     ranks = list(allocator.rank_pattern().values())
     return RecoveryResult(
-        list(planted_ranks),
+        planted_ranks,
         ranks,
         error.item(),
         rank_correlation(planted_ranks, ranks),
@@ -178,16 +186,47 @@ def recover(
 
 
 def check_training(noise: float, penalty_weight: float, learning_rate: float) -> None:
-    """Raise ValueError for a number out of its range.
+    """Raise ValueError for a number out of its range, or for what is no number.
 
     >>> check_training(noise=0.0, penalty_weight=0.0, learning_rate=0.01)
     """
-    if noise < 0:
-        raise ValueError(f"noise = {noise}: a standard deviation, must be at least 0")
-    if not 0 <= penalty_weight < math.inf:
-        raise ValueError(f"penalty_weight = {penalty_weight}: must be 0 (none) or more, and finite")
-    if not 0 < learning_rate < math.inf:
-        raise ValueError(f"learning_rate = {learning_rate}: must be above 0 and finite")
+    if not (is_number(noise) and 0 <= noise <= LARGEST):
+        raise ValueError(
+            f"noise = {noise!r}: a standard deviation, must be between 0 and {LARGEST:g}"
+        )
+    if not (is_number(penalty_weight) and 0 <= penalty_weight < math.inf):
+        raise ValueError(
+            f"penalty_weight = {penalty_weight!r}: must be 0 (none) or more, and finite"
+        )
+    if not (is_number(learning_rate) and 0 < learning_rate < math.inf):
+        raise ValueError(f"learning_rate = {learning_rate!r}: must be above 0 and finite")
+
+
+def check_whole(**given: int) -> None:
+    """Raise ValueError unless each is a whole number.
+
+    >>> check_whole(dim=8, seed=0)
+    """
+    for name, value in given.items():
+        if not (is_number(value) and isinstance(value, Integral)):
+            raise ValueError(f"{name} = {value!r}: must be a whole number")
+
+
+def check_ranks(planted_ranks: Sequence[int], dim: int) -> list[int]:
+    """The ranks as a list. Raises ValueError unless they are whole numbers from 0 to dim.
+
+    >>> check_ranks(range(3), dim=8)
+    [0, 1, 2]
+    """
+    ranks = listed(planted_ranks)
+    if not (ranks and all(isinstance(rank, Integral) for rank in ranks)):
+        raise ValueError(
+            f"planted_ranks = {planted_ranks!r}: must be whole numbers, one for each map, and at "
+            "least one"
+        )
+    if not all(0 <= rank <= dim for rank in ranks):
+        raise ValueError(f"planted_ranks = {planted_ranks}: each must be between 0 and dim = {dim}")
+    return [int(rank) for rank in ranks]
 
 
 def of_each_map(
@@ -198,34 +237,66 @@ def of_each_map(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scales and strengths (maps, 1, 1), weights (maps,): 1 where none are given.
 
-    Raises ValueError unless there is one a map, scales and strengths above 0, weights 0 or more and
-    not all 0.
+    Raises ValueError unless there is one a map, each from SMALLEST to LARGEST, or a weight of 0;
+    and unless a map with a rank above 0 has a weight above 0.
     """
-    ones, tensors = [1.0] * len(planted_ranks), {}
+    n, tensors = len(planted_ranks), []
     given = dict(input_scales=input_scales, strengths=strengths, loss_weights=loss_weights)
     for name, numbers in given.items():
-        values = torch.tensor(ones if numbers is None else numbers)
-        if values.shape != (len(ones),):
-            raise ValueError(f"{name} = {numbers}: must be {len(ones)} numbers, one for each map")
-        if name != "loss_weights" and not (values.isfinite().all() and (values > 0).all()):
-            raise ValueError(f"{name} = {numbers}: each must be above 0 and finite")
-        tensors[name] = values
-    scales, factors, weights = tensors.values()
-    if not (weights.isfinite().all() and (weights >= 0).all() and weights.any()):
-        raise ValueError(f"loss_weights = {loss_weights}: each must be 0 or more, and one above 0")
+        values = [1.0] * n if numbers is None else listed(numbers)
+        if values is None or len(values) != n:
+            raise ValueError(f"{name} = {numbers!r}: must be {n} numbers, one for each map")
+        or_zero = name == "loss_weights"
+        if not all(SMALLEST <= v <= LARGEST or (or_zero and v == 0) for v in values):
+            limits = f"between {SMALLEST:g} and {LARGEST:g}" + (", or 0" if or_zero else "")
+            raise ValueError(f"{name} = {numbers}: each must be {limits}")
+        tensors.append(torch.tensor([float(v) for v in values]))
+    scales, factors, weights = tensors
+    if not any(planted_ranks):
+        raise ValueError(
+            f"planted_ranks = {planted_ranks}: one must be above 0, since the error is relative to "
+            "what is planted"
+        )
+    if not (weights * torch.tensor(planted_ranks)).any():
+        raise ValueError(
+            f"loss_weights = {loss_weights}: one must be above 0 where planted_ranks = "
+            f"{planted_ranks} are, since the error is relative to what is planted and counts"
+        )
     return scales.view(-1, 1, 1), factors.view(-1, 1, 1), weights
+
+
+def listed(given: object) -> list | None:
+    """The numbers of a list, tuple, range, array or tensor; None of anything else.
+
+    >>> listed((1, 2.5)), listed(torch.ones(2)), listed(["a"]), listed({1: 2}), listed(None)
+    ([1, 2.5], [1.0, 1.0], None, None, None)
+    """
+    values = given.tolist() if hasattr(given, "tolist") else given
+    return [*values] if isinstance(values, Sequence) and all(map(is_number, values)) else None
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a real number; True and False are none here.
+
+    >>> is_number(2), is_number(2.5), is_number(True), is_number("2"), is_number(2j)
+    (True, True, False, False, False)
+    """
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def directions(dim: int, stretch: float) -> Tensor:
     """Lengths of the directions of x, log-spaced over `stretch` decades: (dim,).
 
-    Raises ValueError if stretch is negative or not finite.
+    Raises ValueError if stretch is not between 0 and MOST_DECADES.
 
     >>> directions(3, stretch=2.0)
     tensor([ 0.1000,  1.0000, 10.0000])
     """
-    if not 0 <= stretch < math.inf:
-        raise ValueError(f"stretch = {stretch}: decades, must be at least 0 and finite")
+    if not (is_number(stretch) and 0 <= stretch <= MOST_DECADES):
+        raise ValueError(
+            f"stretch = {stretch!r}: decades, must be between 0 and {MOST_DECADES:g}, beyond which "
+            "products of x do not fit into float32"
+        )
     return torch.logspace(-stretch / 2, stretch / 2, dim)
 
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
@@ -406,7 +406,7 @@ def plot_schematic(dark: bool = False) -> plt.Figure:
 
 
 def plot_rank_heatmap(
-    rank_pattern: dict[str, float], axes: plt.Axes | None = None, title: str = ""
+    rank_pattern: Mapping[str, float], axes: plt.Axes | None = None, title: str = ""
 ) -> plt.Axes:
     """Surviving components by matrix (rows) and layer (columns), as the paper's Figure 2.
 
@@ -432,7 +432,7 @@ def plot_rank_heatmap(
 
 
 def plot_rank_heatmaps(
-    rank_patterns: dict[str, dict[str, float]],
+    rank_patterns: Mapping[str, Mapping[str, float]],
     across: int = 2,
     size: tuple[float, float] = (6.8, 3.2),
 ) -> plt.Figure:

@@ -339,6 +339,29 @@ def test_blocks_that_are_skipped_at_random_are_not_refused():
     assert sum(steps_of(skipped=lambda step: (step % 3, 2)[: step % 2 + 1]).rank_pattern().values())
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_to_a_score_of_gradients_a_skipped_layer_has_zeros(set_to_none):
+    """Whichever way the gradients were cleared before the step."""
+    model = inject_adapters(Blocks(), ["query", "value"], r=3)
+    with torch.no_grad():
+        for layer in dynamic_layers(model).values():
+            layer.lora_c.normal_()
+    allocator = RankAllocator(model, SCHEDULE, score="loss_sensitivity")
+    for step, skipped in enumerate([(), (1,)], 1):
+        model.zero_grad(set_to_none)
+        model(torch.randn(5, 6), skipped).sum().backward()
+        scores = allocator.scores().view(3, 2, 3)  # block, layer, component
+        assert [bool(block.all()) for block in scores] == [i not in skipped for i in range(3)]
+        assert not scores[list(skipped)].any()
+        allocator.step(step)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_blocks_may_be_skipped_at_random_under_every_score(score):
+    ranks = steps_of(skipped=lambda step: (step % 3,), score=score).rank_pattern()
+    assert sum(ranks.values()) == 6 * SCHEDULE.target_r
+
+
 def test_a_loop_without_gradients_is_not_asked_for_them():
     allocator = RankAllocator(inject_adapters(Blocks(), ["query"], r=3), SCHEDULE)
     for step in range(1, 41):

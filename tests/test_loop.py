@@ -25,7 +25,7 @@ from drlora_ref.experiments.__main__ import main
 from drlora_ref.experiments.run import checkpoints, loop, one_run
 from drlora_ref.experiments.run.checkpoints import Checkpoint
 from drlora_ref.experiments.run.loop import History
-from drlora_ref.experiments.run.records import Record, read_record
+from drlora_ref.experiments.run.records import Record, read_events, read_record
 from drlora_ref.experiments.run.settings import Settings
 from drlora_ref.experiments.run.termination import Terminated
 from drlora_ref.experiments.sources.models import resolve_model
@@ -204,9 +204,16 @@ def one_of_two(rank: int, port: int, commands: list[list[str]]) -> None:
 
 
 def test_two_processes_train_as_one(tmp_path):
-    """Over gloo: same batches, same gradients, same masks on both; one pair trains every score."""
+    """Over gloo: same batches, same gradients, same masks on both; one pair trains every score.
+
+    Every other step has a batch of one row: the second process fills up with a row that must not
+    count, in no score either.
+    """
     still_model(tmp_path / "model")
-    given = dict(model_name=str(tmp_path / "model"), lora_dropout=0.0, max_steps=12)
+    given = dict(
+        model_name=str(tmp_path / "model"), lora_dropout=0.0, max_steps=12, film_events=9,
+        train_size=25, batch_size=8, grad_accumulation=2,
+    )  # fmt: skip
     commands = []
     for score in ("frobenius_share", "output_norm", "loss_sensitivity"):
         settings = dataclasses.asdict(tiny(tmp_path / score, **given, score=score))
@@ -224,6 +231,8 @@ def test_two_processes_train_as_one(tmp_path):
         assert two["loss_curve"] == pytest.approx(one["loss_curve"], abs=1e-4), score
         assert two["budget_curve"] == one["budget_curve"], score
         assert two["rank_pattern"] == one["rank_pattern"], score
+        scores = (read_events(tmp_path / name).scores for name in (score, f"one {score}"))
+        torch.testing.assert_close(*map(torch.stack, scores), rtol=1e-3, atol=1e-5)
 
 
 def test_a_batch_smaller_than_the_processes_is_shared_with_weight_zero():

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -142,17 +143,20 @@ def test_a_score_may_be_a_function():
         (dict(planted_ranks=[1], noise=-1.0), "noise = -1.0"),
         (dict(planted_ranks=[1], target_r=13), "target_r = 13 is above init_r = 12"),
         (dict(planted_ranks=[1], input_scales=[1.0, 1.0]), "must be 1 numbers, one for each map"),
-        (
-            dict(planted_ranks=[1], input_scales=[0.0]),
-            r"input_scales = \[0.0\]: each must be above",
-        ),
-        (dict(planted_ranks=[1], input_scales=[float("inf")]), "input_scales = .*finite"),
-        (dict(planted_ranks=[1], loss_weights=[-1.0]), "loss_weights = .*0 or more"),
-        (dict(planted_ranks=[1, 1], loss_weights=[0.0, 0.0]), "loss_weights = .*one above 0"),
-        (dict(planted_ranks=[1], loss_weights=[float("nan")]), "loss_weights"),
-        (dict(planted_ranks=[1], stretch=-1.0), "stretch = -1.0: decades"),
+        (dict(planted_ranks=[1], input_scales=[0.0]), r"input_scales = \[0.0\]: each .* 1e-06"),
+        (dict(planted_ranks=[1], input_scales=[math.inf]), r"input_scales = \[inf\]: .* 1e\+06"),
+        (dict(planted_ranks=[1], input_scales=[10**400]), "input_scales = .* 1e-06 and"),
+        (dict(planted_ranks=[1], loss_weights=[-1.0]), "loss_weights = .*, or 0"),
+        (dict(planted_ranks=[1, 1], loss_weights=[0.0, 0.0]), "loss_weights = .*one must be above"),
+        (dict(planted_ranks=[1], loss_weights=[math.nan]), r"loss_weights = \[nan\]: each must be"),
+        (dict(planted_ranks=[1], stretch=-1.0), "stretch = -1.0: decades, .* between 0 and 12"),
+        (dict(planted_ranks=[1], stretch=60.0), "stretch = 60.0: decades, .* between 0 and 12"),
+        (dict(planted_ranks=[1], noise=math.nan), "noise = nan: .* between 0 and 1e"),
+        (dict(planted_ranks=[1], noise=math.inf), "noise = inf: .* between 0 and 1e"),
+        (dict(planted_ranks=[0, 0]), r"planted_ranks = \[0, 0\]: one must be above 0"),
+        (dict(planted_ranks=[0, 2], loss_weights=[1, 0]), r"loss_weights = \[1, 0\]: one must be"),
         (dict(planted_ranks=[1], strengths=[1.0, 1.0]), "strengths = .*must be 1 numbers"),
-        (dict(planted_ranks=[1], strengths=[0.0]), r"strengths = \[0.0\]: each must be above"),
+        (dict(planted_ranks=[1], strengths=[0.0]), r"strengths = \[0.0\]: each must be between"),
         (dict(planted_ranks=[1], penalty="l3"), "penalty = 'l3': must be one of dem, l1"),
         (dict(planted_ranks=[1], penalty_weight=-1.0), "penalty_weight = -1.0: must be 0"),
         (dict(planted_ranks=[1], penalty_weight=math.nan), "penalty_weight = nan"),
@@ -163,6 +167,51 @@ def test_a_score_may_be_a_function():
 def test_impossible_problems_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
         planted.recover(**given)
+
+
+@pytest.mark.parametrize("given", ["ab", ["a", "b"], [1, None], {0: 1, 1: 2}, 2, [1j, 1], [True, 1],
+                                   [[1], [2]], []])  # fmt: skip
+@pytest.mark.parametrize("name", ["planted_ranks", "input_scales", "strengths", "loss_weights"])
+def test_what_is_no_list_of_numbers_is_refused_by_the_name_of_its_argument(name, given):
+    """Before torch sees it, whose own errors name nothing."""
+    message = re.escape(f"{name} = {given!r}: must be ")
+    with pytest.raises(ValueError, match=f"^{message}(2|whole) numbers, one for each map"):
+        planted.recover(**{"planted_ranks": [0, 2], name: given})
+
+
+@pytest.mark.parametrize("given", ["1", None, 1j, True, [1.0]])
+@pytest.mark.parametrize(
+    "name", ["noise", "stretch", "penalty_weight", "learning_rate", "dim", "seed"]
+)
+def test_what_is_no_number_is_refused_by_the_name_of_its_argument(name, given):
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{name} = {given!r}: ')}.*must be"):
+        planted.recover([0, 2], **{name: given})
+
+
+@pytest.mark.parametrize("ranks", [[1.5, 2], [2.0, 1], [math.nan, 1]])
+def test_ranks_are_whole_numbers(ranks):
+    with pytest.raises(ValueError, match=r"planted_ranks = \[.*: must be whole numbers"):
+        planted.recover(ranks)
+    with pytest.raises(ValueError, match=r"planted_ranks = \[.*: must be whole numbers"):
+        planted.plant(ranks, 8, torch.Generator())
+
+
+def test_tuples_ranges_arrays_and_tensors_are_lists_of_numbers_too():
+    small = dict(dim=8, init_r=2, target_r=1, total_steps=20)
+    of_a_list = planted.recover([0, 1], loss_weights=[0.0, 1.0], **small)
+    for given in [(0, 1), range(2), torch.arange(2), torch.arange(2).numpy()]:
+        assert planted.recover(given, loss_weights=given, **small) == of_a_list
+
+
+@pytest.mark.parametrize("score", ["frobenius_share", "output_norm", "loss_sensitivity"])
+@pytest.mark.parametrize("at_the_limit", [
+    dict(input_scales=[1e-6, 1e6]), dict(strengths=[1e-6, 1e6]), dict(loss_weights=[1e-6, 1e6]),
+    dict(stretch=12.0), dict(noise=1e6),
+])  # fmt: skip
+def test_up_to_the_limits_float32_holds_every_number(at_the_limit, score):
+    small = dict(dim=8, init_r=4, target_r=2, total_steps=60, score=score)
+    result = planted.recover([1, 2], **at_the_limit, **small)
+    assert all(map(math.isfinite, [result.relative_error, *result.gradient_norms]))
 
 
 def test_the_gradient_norms_are_those_of_the_whole_loss_at_every_step():

@@ -2,6 +2,8 @@
 
 import copy
 import functools
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +18,10 @@ from drlora_ref import (
     RankAllocator,
     ZWatch,
     dynamic_layers,
+    inject_adapters,
     output_norms,
 )
+from drlora_ref.experiments.tasks.data import share
 
 SCHEDULE = BudgetSchedule(init_r=3, target_r=2, total_steps=40, deltaT=5)  # t_end 20
 
@@ -135,6 +139,96 @@ def test_gradient_checkpointing_changes_nothing(use_reentrant):
     close(*found)
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_what_is_run_again_has_the_mask_that_it_had_the_first_time(use_reentrant):
+    """Two forward passes before one backward pass: the first is run again after the second."""
+    model, parts = Encoder(), [batch(2).requires_grad_(), batch(2).requires_grad_()]
+    masks = torch.tensor([[[1, 1, 0, 0, 0]] * 2, [[1, 1, 1, 1, 1]] * 2])
+    watch = watched(model)
+    again = model.forward
+    model.forward = lambda x, attention_mask: checkpoint(again, x, use_reentrant=use_reentrant)
+    sum(model(x, attention_mask=mask) for x, mask in zip(parts, masks, strict=True)).backward()
+    close(watch.mean(), mean_squares(model, torch.cat(parts)[masks.flatten(0, 1).bool()]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e200])
+def test_padding_is_no_row_whatever_stands_there(value):
+    """1e200 is finite, its square is not."""
+    model, x, mask = Encoder(), batch(), torch.tensor([[1, 1, 1, 0, 0]] * 4)
+    x[:, 3:] = value
+    watch = watched(model)
+    model(x, attention_mask=mask)
+    close(watch.mean(), mean_squares(model, x[mask.bool()]))
+
+
+class Decoder(nn.Module):
+    """A layer that reads the decoder's own rows, and one that reads what the encoder gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.own, self.cross = layers_of_two_shapes(2).double()
+
+    def forward(self, x, attention_mask=None, encoder_hidden_states=None, **_):
+        return self.own(x).square().sum() + self.cross(encoder_hidden_states).square().sum()
+
+
+class EncoderDecoder(nn.Module):
+    """As transformers calls one: each part has its own mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(is_encoder_decoder=True)
+        self.encoder, self.decoder = Encoder(1), Decoder()
+        for layer in dynamic_layers(self).values():
+            layer.lora_dropout.p = 0.0
+
+    def get_decoder(self):
+        return self.decoder
+
+    def forward(self, x, y, attention_mask=None, decoder_attention_mask=None):
+        loss = self.encoder(x, attention_mask)
+        given = dict(encoder_hidden_states=x, encoder_attention_mask=attention_mask)
+        return loss + self.decoder(y, attention_mask=decoder_attention_mask, **given)
+
+
+@pytest.mark.parametrize("of_its_own", [True, False])
+@pytest.mark.parametrize("length", [5, 4])
+def test_the_rows_of_a_decoder_have_a_mask_of_their_own(length, of_its_own):
+    """Also where they are as many as the encoder's, and what it reads of those has their mask."""
+    model, x, y = EncoderDecoder(), batch(), batch(4, length)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]])
+    theirs = torch.ones(4, length) if not of_its_own else torch.arange(length).expand(4, -1) < 2
+    watch = watched(model)
+    for _ in range(2):
+        model(x, y, mask, theirs if of_its_own else None).backward()
+    seen = [x[mask.bool()], y[theirs.bool()], x[mask.bool()]]
+    expected = [
+        (rows @ m.lora_A.mT).square().mean(dim=0)
+        for rows, m in zip(seen, dynamic_layers(model).values(), strict=True)
+    ]
+    close(watch.mean(), expected)
+    copy.deepcopy(model)
+    watch.stop()
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_a_summarizer_sees_the_same_however_widely_its_sources_are_padded():
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    sizes = dict(d_model=8, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, dropout=0.0)
+    heads = dict(encoder_attention_heads=2, decoder_attention_heads=2, decoder_ffn_dim=16)
+    bart = BartForConditionalGeneration(BartConfig(vocab_size=50, **sizes, **heads))
+    model = inject_adapters(bart, r=2, lora_dropout=0.0).train()
+    watch, found = watched(model), []
+    source, target = torch.randint(3, 50, (2, 6)), torch.randint(3, 50, (2, 6))
+    mask = torch.tensor([[1] * 6, [1] * 2 + [0] * 4])
+    for width in (0, 1):
+        wider, ones = (nn.functional.pad(t, (0, width)) for t in (source, mask))
+        model(input_ids=wider, attention_mask=ones, decoder_input_ids=target)
+        found.append(watch.mean())
+    close(*found)
+
+
 def test_evaluation_is_not_watched():
     model, x = Encoder(), batch()
     watch = watched(model)
@@ -189,7 +283,7 @@ def test_when_it_stops_nothing_is_left_and_a_later_watch_is_left_alone():
     model(batch())
     assert second.mean() and not first.seen
     second.stop()
-    assert not model._forward_pre_hooks
+    assert not model._forward_pre_hooks and not model._forward_hooks
     assert all(layer.watch is None for layer in model.layers)
 
 
@@ -246,10 +340,10 @@ def test_a_function_may_ask_for_both_by_name():
     assert seen == [((2, 3), (2, 3)), ((1, 3), (1, 3))]  # one call for each shape
 
 
-def test_a_c_without_gradient_says_when_to_call():
+def test_where_no_c_has_a_gradient_the_error_says_when_to_call():
     model = Encoder()
     allocator = RankAllocator(model, SCHEDULE, score="loss_sensitivity")
-    with pytest.raises(ValueError, match=r"layers\.0\.lora_c has no gradient: .* before optimizer"):
+    with pytest.raises(ValueError, match=r"no layer's lora_c has a gradient: .* before optimizer"):
         allocator.step(1)
 
 
@@ -276,3 +370,38 @@ def test_two_processes_have_the_mean_over_the_rows_of_both(tmp_path):
     layer = DynamicLoRALinear(nn.Linear(4, 4), 2).double()
     rows = torch.cat([own_rows(0), own_rows(1)])
     torch.testing.assert_close(one, (rows @ layer.lora_A.mT).square().mean(dim=0))
+
+
+def micro_batches() -> list[torch.Tensor]:
+    """The last has fewer rows than there are processes."""
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randn(n, 4, generator=draw).double() for n in (4, 1, 2)]
+
+
+def one_that_fills_up(rank: int, folder: str, processes: int) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes
+    )
+    torch.manual_seed(0)
+    layer = DynamicLoRALinear(nn.Linear(4, 4), 2, lora_dropout=0.0).double()
+    watch, unseen = ZWatch([layer]), 0
+    for rows in micro_batches():
+        mine, weight = share({"x": rows}, rank, processes)
+        with nullcontext() if weight else watch.leave_out():
+            layer(mine["x"])
+        unseen += not weight
+    torch.save((watch.mean()[0], unseen), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("processes", [2, 5])
+def test_rows_that_fill_up_a_processs_share_do_not_count(tmp_path, processes):
+    """Of five processes the last has no row of its own at all."""
+    given = (str(tmp_path), processes)
+    mp.start_processes(one_that_fills_up, given, nprocs=processes, start_method="fork")
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(processes)]
+    assert found[-1][1] == {2: 1, 5: 3}[processes]
+    torch.manual_seed(0)
+    layer = DynamicLoRALinear(nn.Linear(4, 4), 2).double()
+    expected = (torch.cat(micro_batches()) @ layer.lora_A.mT).square().mean(dim=0)
+    close([mean for mean, _ in found], [expected] * processes)

@@ -99,6 +99,7 @@ class OneModel:
         self.plain = prepared.model  # without the wrapper that several processes need
         self.captured: CapturedStep | None = None
         self.tokens = 0
+        self.fills: list[bool] = []  # which micro-batches of this step only fill up: see share
         processes, recorder = accelerator.num_processes, None
         if settings.capture:
             recorder = find_recorder(accelerator.device, processes)
@@ -158,6 +159,7 @@ class OneModel:
         self.tokens += sum(map(count_tokens, rows))
         whole = sum(share(batch, 0, 1)[1] for batch in batches)
         parts = [share(batch, rank, processes) for batch in batches]
+        self.fills = [weight == 0 for _, weight in parts]
         # Gradients are averaged over the processes, hence the factor.
         group_of_mine = [
             {**mine, FACTOR: torch.tensor(weight * processes / whole)} for mine, weight in parts
@@ -192,10 +194,12 @@ class OneModel:
         a micro-batch if it were added to each.
         """
         loss = torch.zeros((), device=self.accelerator.device)
-        for number, batch in enumerate(batches, 1):
+        watch = getattr(self.prepared.allocator, "watch", None)
+        for number, (batch, fills) in enumerate(zip(batches, self.fills, strict=True), 1):
             last, batch = number == len(batches), dict(batch)
             factor = batch.pop(FACTOR)
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
+            unseen = watch.leave_out() if watch and fills else nullcontext()
+            with unseen, nullcontext() if last else self.accelerator.no_sync(self.model):
                 part_of_loss = self.model(**batch).loss * factor
                 loss += part_of_loss.detach()
                 add = last and term is not None

@@ -224,7 +224,8 @@ def share(batch: Batch, rank: int, processes: int) -> tuple[Batch, int]:
     """(the part of a batch that process number `rank` trains on, its loss weight).
 
     Each process takes every processes-th example. One for which none is left takes the first
-    example with weight 0, since every process must take part in every exchange of gradients.
+    example with weight 0, since every process must take part in every exchange of gradients. Such
+    a row must count nowhere else either: a ZWatch leaves it out.
 
     >>> import torch
     >>> share({"labels": torch.arange(5)}, rank=1, processes=2)

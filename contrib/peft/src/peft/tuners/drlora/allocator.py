@@ -18,16 +18,17 @@ import itertools
 import json
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from .config import BudgetSchedule, DrLoraConfig
-from .layer import RankOneComponents, dynamic_layers, stack_by_shape
+from .layer import RankOneComponents, bare, dynamic_layers, stack_by_shape
 from .precision import StaysFloat32, at_least_float32
 from .scores import SCORES, check_scoring, ema_update, random_scores
 
@@ -79,26 +80,32 @@ class ZWatch:
         E(zᵢ²) ≈ Σ zᵢ² / rows
 
     The layers compute z in their forward pass and show it; `mean()` is asked once a step and starts
-    anew. Sums and rows are added up, so micro-batches count by their rows, and a layer that
-    gradient checkpointing runs twice has the same mean. Several processes have the same number:
-    both sums are taken over all of them.
+    anew. Sums and rows are added up, so micro-batches count by their rows. What gradient
+    checkpointing runs again in the backward pass does not count again. Several processes have the
+    same number: both sums are taken over all of them.
 
     Padding is no row. A layer does not know it, so the watch reads the 2-D `attention_mask` that
-    the models it follows are called with, and leaves out the rows where it is 0. That holds for
-    inputs of its shape, (batch, length, d_in). A layer with an input of any other shape counts all
-    rows: a decoder's, or any layer if the mask is 4-D or there is none.
+    the models it follows are called with, and leaves out the rows where it is 0, whatever their z.
+    That holds for inputs of its shape, (batch, length, d_in). A layer with an input of any other
+    shape counts all rows, and so does any layer if the mask is 4-D or there is none.
+
+    In an encoder-decoder model that mask is the encoder's. It is read for what the encoder's layers
+    see, and for what a decoder's layer sees of the encoder's output. The decoder's own rows have a
+    mask of their own, `decoder_attention_mask`: without one, all of them count.
 
     Shapes: each layer's lora_c (..., r), where ... is nothing, or R for replicas, whose rows follow
     one another in the batch.
 
     Read with care: a layer has one watch, the one that was made last. Under torch.distributed all
-    processes must ask for the mean together, and train one model.
+    processes must ask for the mean together, and train one model. A decoder is found as the models
+    of transformers name it; in any other model one mask holds for all inputs of its shape.
     """
 
     def __init__(self, layers: list[RankOneComponents]):
         self.layers = layers
         self.models: list[nn.Module] = []
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.counting = True
         self.eyes = [functools.partial(self._see, i) for i in range(len(layers))]
         self.start()
 
@@ -113,8 +120,10 @@ class ZWatch:
 
     def stop(self) -> None:
         """Leave layers and models as if they had never been watched."""
-        self.on, self.mask = False, None
-        self.seen: dict[int, Tensor] = {}  # by layer, its z of the pass that is under way
+        self.on, self.mask, self.source_mask = False, None, None
+        self.source: Tensor | None = None  # the encoder's output, while a decoder reads it
+        self.reads_source = False  # whether that is what the layer now running sees
+        self.seen: dict[int, tuple[Tensor, bool]] = {}  # z and reads_source in this pass, by layer
         self.sums: tuple[Tensor, Tensor] | None = None  # of z², and of rows
         for layer, eye in zip(self.layers, self.eyes, strict=True):
             if layer.watch is eye:  # not that of a later watch
@@ -129,7 +138,12 @@ class ZWatch:
         self._read_masks(model)
 
     def _read_masks(self, model: nn.Module) -> None:
-        self.handles.append(model.register_forward_pre_hook(self._new_batch, with_kwargs=True))
+        decoder = decoder_of(model)
+        for part in (model, decoder) if decoder else (model,):
+            self.handles.append(part.register_forward_pre_hook(self._new_batch, with_kwargs=True))
+            self.handles.append(part.register_forward_hook(self._forget_source))
+        for layer in self.layers if decoder else ():
+            self.handles.append(layer.register_forward_pre_hook(self._new_input))
 
     def _new_batch(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._add_up()
@@ -137,11 +151,33 @@ class ZWatch:
             names = inspect.signature(model.forward).parameters
             kwargs = dict(zip(names, args, strict=False)) | kwargs
         self.mask = kwargs.get("attention_mask")
+        # A decoder is called with these two.
+        self.source = kwargs.get("encoder_hidden_states")
+        self.source_mask = kwargs.get("encoder_attention_mask")
+
+    def _forget_source(self, *_: Any) -> None:
+        self.source, self.reads_source = None, False
+
+    def _new_input(self, layer: nn.Module, args: tuple) -> None:
+        self.reads_source = any(x is self.source for x in args)
+
+    @contextmanager
+    def leave_out(self) -> Iterator[None]:
+        """No row that is run within it counts: those with which a process fills up a batch."""
+        self._add_up()
+        self.counting = False
+        try:
+            yield
+        finally:
+            self._add_up()
+            self.counting = True
 
     def _see(self, i: int, z: Tensor) -> None:
+        if runs_again():
+            return
         if i in self.seen:  # the next pass has begun
             self._add_up()
-        self.seen[i] = z.detach()
+        self.seen[i] = z.detach(), self.reads_source
 
     @torch.no_grad()
     def _add_up(self) -> None:
@@ -152,24 +188,26 @@ class ZWatch:
             c = torch.stack([layer.lora_c for layer in self.layers])  # (layers, ..., r)
             self.sums = torch.zeros_like(c), torch.zeros_like(c[..., 0])
         squares, rows = self.sums
-        by_shape: dict[torch.Size, list[int]] = {}
-        for i, z in self.seen.items():
-            by_shape.setdefault(z.shape, []).append(i)
-        for members in by_shape.values():
-            z = torch.stack([self.seen[i] for i in members]).to(squares.dtype)
-            counts = self._counts(z[0]).reshape(*rows.shape[1:], -1, 1)  # (..., rows, 1)
+        by_shape: dict[tuple[torch.Size, bool], list[int]] = {}
+        for i, (z, of_source) in self.seen.items():
+            by_shape.setdefault((z.shape, of_source), []).append(i)
+        for (_, of_source), members in by_shape.items():
+            z = torch.stack([self.seen[i][0] for i in members]).to(squares.dtype)
+            counts = self._counts(z[0], of_source).reshape(*rows.shape[1:], -1, 1)  # (..., rows, 1)
             z = z.reshape(len(z), *counts.shape[:-1], -1)  # (layers, ..., rows, r)
-            more = list((z.square() * counts).sum(dim=-2))
+            # Not a product: 0 times an infinite z² would be NaN.
+            more = list(torch.where(counts, z.square(), 0.0).sum(dim=-2))
             torch._foreach_add_([squares[i] for i in members], more)
-            more = [counts.sum(dim=(-2, -1))] * len(members)
+            more = [counts.sum(dim=(-2, -1), dtype=rows.dtype)] * len(members)
             torch._foreach_add_([rows[i] for i in members], more)
         self.seen = {}
 
-    def _counts(self, z: Tensor) -> Tensor:
-        """1 for each row of z (*places, r) that counts, 0 for padding: (*places)."""
-        if self.mask is not None and self.mask.shape == z.shape[:-1]:
-            return self.mask.to(z)
-        return torch.ones_like(z[..., 0])
+    def _counts(self, z: Tensor, of_source: bool) -> Tensor:
+        """True for each row of z (*places, r) that counts, False for padding: (*places)."""
+        mask = self.source_mask if of_source else self.mask
+        if self.counting and mask is not None and mask.shape == z.shape[:-1]:
+            return mask.to(z.device, torch.bool)
+        return torch.full_like(z[..., 0], self.counting, dtype=torch.bool)
 
     @torch.no_grad()
     def mean(self) -> tuple[Tensor, ...]:
@@ -191,6 +229,19 @@ class ZWatch:
             squares = both[: squares.numel()].view_as(squares)
             rows = both[squares.numel() :].view_as(rows)
         return (squares / rows.clamp(min=1).unsqueeze(-1)).unbind()
+
+
+def decoder_of(model: nn.Module) -> nn.Module | None:
+    """The decoder of an encoder-decoder model of transformers; None for any other model."""
+    model = bare(model)
+    has_one = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return cast(Any, model).get_decoder() if has_one and hasattr(model, "get_decoder") else None
+
+
+def runs_again() -> bool:
+    """Whether the backward pass is running a forward pass again, as gradient checkpointing does."""
+    # torch has no public name for it. What torch.compile has compiled cannot ask.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class Diverged(ValueError):
@@ -247,14 +298,17 @@ def seen_by_the_step(layers: dict[str, Any], names: set[str], watch: ZWatch | No
 
 
 def c_gradients(layers: dict[str, Any]) -> list[Tensor]:
-    """The gradient of each layer's c. Raises ValueError if one has none at this point."""
-    for name, layer in layers.items():
-        if layer.lora_c.grad is None:
-            raise ValueError(
-                f"{name}.lora_c has no gradient: call the allocator after optimizer.step() and "
-                "before optimizer.zero_grad()"
-            )
-    return [layer.lora_c.grad for layer in layers.values()]
+    """The gradient of each layer's c: zeros for a layer that the step skipped (layerdrop, experts).
+
+    Raises ValueError if no layer has one at this point.
+    """
+    cs = [layer.lora_c for layer in layers.values()]
+    if all(c.grad is None for c in cs):
+        raise ValueError(
+            "no layer's lora_c has a gradient: call the allocator after optimizer.step() and "
+            "before optimizer.zero_grad()"
+        )
+    return [torch.zeros_like(c) if c.grad is None else c.grad for c in cs]
 
 
 def unreached(layers: dict[str, Any]) -> set[str]:
