@@ -99,7 +99,7 @@ def test_the_tuning_is_shown_with_the_spread_between_its_cells(printed):
 
 
 def test_the_maps_of_every_score_are_held_against_permuted_ones_and_the_papers_claims(printed):
-    assert "cells agree more than permuted maps do" in printed
+    assert "sets of maps agree more than permuted ones do" in printed
     for score in ("frobenius_share", "random"):
         assert f"drlora r=6→2 {score}, 3 maps" in printed
     assert printed.count("early Wo: more") == 2
