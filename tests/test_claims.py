@@ -5,11 +5,12 @@ import re
 from functools import cache
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import pandas as pd
 import pytest
 
-from drlora_ref.experiments.results import examples, summaries
+from drlora_ref.experiments.results import examples, rank_maps, summaries
 from drlora_ref.experiments.results.claims import STATUSES, WHOSE, as_markdown, claims, ledger
 
 ROOT = Path(__file__).parents[1]
@@ -114,27 +115,54 @@ def other_penalties() -> bool:
     return max(best["l2"] + best["spectral"]) < min(best["dem"]) / 2
 
 
+PAPER, ANSWERS = "drlora r=6→2 frobenius_share", "drlora r=6→2 output_norm"
+GIVEN, PERMUTED = "lora r=2 given map", "lora r=2 permuted map"
+
+
 @cache
 def trial() -> pd.DataFrame:
     """The runs of the trial on SST-2."""
-    return summaries.load(ROOT / "results/trial_sst2")
+    parts = [ROOT / f"results/trial_sst2{part}" for part in ("", "_answers", "_maps")]
+    return summaries.load(*parts)
 
 
-def trial_interval(arm: str, against: str) -> tuple[float, float]:
-    """Points by which an arm of the trial is above another, 95 %: eight seeds."""
+def trial_difference(arm: str, against: str) -> Any:
+    """How far an arm of the trial is above another: eight seeds, 5,000 held-out rows."""
     both = trial()[trial().arm.isin([arm, against])]
     (found,) = examples.paired_by_example(both, against).itertuples()
     assert (found.n, found.examples) == (8, 5000)
+    return found
+
+
+def trial_interval(arm: str, against: str) -> tuple[float, float]:
+    """The 95 % interval of this difference, in points."""
+    found = trial_difference(arm, against)
     return round(100 * found.ci_low, 1), round(100 * found.ci_high, 1)
 
 
 def tuned_lora() -> bool:
-    return trial_interval("drlora r=6→2 frobenius_share", "lora r=2") == (-1.3, -0.6)
+    return trial_interval(PAPER, "lora r=2") == (-1.3, -0.6)
 
 
 def more_than_chance() -> bool:
-    by_chance = trial_interval("drlora r=6→2 frobenius_share", "drlora r=6→2 random")
-    return by_chance == (0.4, 1.1)
+    return trial_interval(PAPER, "drlora r=6→2 random") == (0.4, 1.1)
+
+
+def the_place() -> bool:
+    found = trial_difference(GIVEN, PERMUTED)
+    return found.ci_low < 0 < found.ci_high and round(100 * found.smallest, 1) == 0.4
+
+
+def the_path() -> bool:
+    return trial_interval(ANSWERS, GIVEN) == (-1.3, -0.6)
+
+
+def one_map() -> bool:
+    found = rank_maps.map_agreement(trial()[trial().arm.isin([PAPER, ANSWERS])], "arm", 200)
+    agree = found.set_index("arm")[["n", "spearman", "permuted"]].round(2)
+    assert (agree.n == 8).all()
+    return (agree.spearman[ANSWERS], agree.spearman[PAPER]) == (0.72, 0.14) and (
+        agree.permuted[ANSWERS], abs(agree.permuted[PAPER])) == (0.20, 0.0)  # fmt: skip
 
 
 # What a claim with a record says, recomputed from it; its status and note stand on this.
@@ -150,6 +178,9 @@ CHECKS = {
     "other penalties": other_penalties,
     "tuned LoRA": tuned_lora,
     "more than chance": more_than_chance,
+    "the place": the_place,
+    "the path": the_path,
+    "one map": one_map,
 }
 
 

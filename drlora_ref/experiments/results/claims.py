@@ -15,7 +15,7 @@ from drlora_ref.experiments.given import check_name
 FILE = Path(__file__).with_name("claims.yaml")
 WHOSE = ("paper", "ours")
 STATUSES = ("holds", "holds in one trial", "partly", "contradicted on a toy",
-            "contradicted in one trial", "not run")  # fmt: skip
+            "contradicted in one trial", "not seen in one trial", "not run")  # fmt: skip
 
 
 class Claim(NamedTuple):
