@@ -146,8 +146,9 @@ def tuned_lora() -> bool:
 
 
 def more_than_chance() -> bool:
-    low, high = trial_interval(PAPER, STEADY)
-    return trial_interval(PAPER, "drlora r=6→2 random") == (0.4, 1.1) and low < 0 < high
+    steady = trial_difference(PAPER, STEADY)
+    by_chance = trial_interval(PAPER, "drlora r=6→2 random")
+    return by_chance == (0.4, 1.1) and steady.ci_low < 0 < steady.ci_high
 
 
 def the_place() -> bool:
