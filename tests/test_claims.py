@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import nbformat
 import pandas as pd
 import pytest
 
@@ -141,6 +142,16 @@ def trial_interval(arm: str, against: str) -> tuple[float, float]:
     return round(100 * found.ci_low, 1), round(100 * found.ci_high, 1)
 
 
+def quoted(arm: str, against: str) -> list[str]:
+    """How the texts quote a difference: points, interval and what would have been seen, if not."""
+    found = trial_difference(arm, against)
+    low, high = 100 * found.ci_low, 100 * found.ci_high
+    told = low > 0 or high < 0
+    ends = sorted((abs(low), abs(high))) if told else (low, high)
+    figures = [f"{abs(100 * found.mean):.2f}", f"{ends[0]:.2f} to {ends[1]:.2f}"]
+    return figures if told else [*figures, f"{100 * found.smallest:.2f}"]
+
+
 def tuned_lora() -> bool:
     return trial_interval(PAPER, "lora r=2") == (-1.3, -0.6)
 
@@ -167,6 +178,15 @@ def one_map() -> bool:
     return (agree.spearman[ANSWERS], agree.spearman[PAPER]) == (0.72, 0.14) and (
         agree.permuted[ANSWERS], abs(agree.permuted[PAPER])) == (0.20, 0.0)  # fmt: skip
 
+
+# The differences that README and notebook 18 quote in words.
+QUOTED = [
+    (PAPER, "lora r=2"),
+    (PAPER, "drlora r=6→2 random"),
+    (PAPER, STEADY),
+    (GIVEN, PERMUTED),
+    (ANSWERS, GIVEN),
+]
 
 # What a claim with a record says, recomputed from it; its status and note stand on this.
 CHECKS = {
@@ -208,6 +228,19 @@ def test_the_evidence_is_there(claim):
 def test_what_a_record_decides_is_recomputed(claim):
     assert (claim.id in CHECKS) == any(item.startswith("results/") for item in claim.evidence)
     assert claim.id not in CHECKS or CHECKS[claim.id]()
+
+
+@pytest.mark.parametrize("text", ["README.md", "notebooks/18_where_should_the_rank_go.ipynb"])
+@pytest.mark.parametrize("arm, against", QUOTED)
+def test_a_difference_that_a_text_quotes_is_the_records(text, arm, against):
+    if text.endswith(".ipynb"):
+        cells = nbformat.read(ROOT / text, 4).cells
+        words = next(cell.source for cell in cells if "## What we now know" in cell.source)
+    else:
+        words = (ROOT / text).read_text(encoding="utf-8")
+    bullets = " ".join(words.split()).split(" - ")
+    figures = quoted(arm, against)
+    assert any(all(f in bullet for f in figures) for bullet in bullets), figures
 
 
 def test_what_is_not_run_names_no_record():
