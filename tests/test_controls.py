@@ -243,6 +243,24 @@ def donor_folder(folder, records: dict[str, dict]):
     return folder
 
 
+@pytest.mark.parametrize(
+    "alien, message",
+    [
+        ({"model": {"sha256": "0123456789abcdef"}}, "s2.record.json is of another model"),
+        ({"rank_pattern": {}}, "s2.record.json is of a method without ranks"),
+    ],
+)
+def test_one_record_that_does_not_belong_in_a_folder_is_refused_for_every_seed(
+    tmp_path, alien, message
+):
+    """Also for the seeds that would get the map of another run."""
+    own = {f"s{seed}": {"seed": seed} for seed in range(3)}
+    folder = donor_folder(tmp_path / "found", own | {"s2": {"seed": 2} | alien})
+    for seed in range(4):
+        with pytest.raises(ValueError, match=message):
+            source_for(tmp_path, folder, seed)
+
+
 def source_for(folder, rank_map, seed: int) -> str:
     ready = one_run.set_up(lora_run(folder / "run", seed=seed, rank_map=str(rank_map)))
     return ready.rank_map.source

@@ -154,10 +154,15 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_record(tmp_path, whole_run):
         assert not list(folder.glob(".unfinished-*"))
 
 
-@pytest.mark.parametrize("method", ["lora", "adalora", "prune-once", "h-adapter", "full"])
-def test_every_kind_of_method_goes_on_where_it_was(tmp_path, method):
+KINDS = {name: dict(method=name) for name in ("lora", "adalora", "prune-once", "h-adapter", "full")}
+KINDS |= {f"drlora, {score}": dict(score=score) for score in ("output_norm", "loss_sensitivity")}
+KINDS["drlora, uniform"] = dict(uniform=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_method_goes_on_where_it_was(tmp_path, kind):
     """Cut by an exception, in the third evaluation; the folder is all that the second run has."""
-    given = dict(method=method, max_steps=16, init_r=3, dem_weight=0.0)
+    given = KINDS[kind] | dict(max_steps=16, init_r=3, dem_weight=0.0)
     whole = one_run.run(tiny(tmp_path / "whole", **given))
     settings = tiny(tmp_path / "cut", **given)
     ready, calls = one_run.set_up(settings), []

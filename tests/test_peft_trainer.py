@@ -292,13 +292,14 @@ def test_gradient_checkpointing_in_trainer_changes_no_bit_of_the_result(tmp_path
     assert_same_bits(*results)
 
 
-def one_of_two(rank: int, port: int, *words: str) -> None:
-    """The script as torchrun would start it, but for the seconds in which it imports."""
+def one_of_two(rank: int, port: int, runs: list[list[str]]) -> None:
+    """The script, once a run, as torchrun would start it, but for the seconds of its imports."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     os.environ["ACCELERATE_USE_CPU"] = "true"
     AcceleratorState._reset_state(True)  # what this process was before it was forked
-    trainer_script.main(*words)
+    for words in runs:
+        trainer_script.main(*words)
     torch.distributed.destroy_process_group()
 
 
@@ -317,35 +318,49 @@ def test_another_process_resumes_bit_identically(tmp_path):
     assert_same_bits(there, load_file(tmp_path / "adapter" / weights))
 
 
+# Of the weights, of the answers, of the loss: the last two come of what a step sees.
+BY_WHAT_IS_SEEN = ("frobenius_share", "output_norm", "loss_sensitivity")
+
+
 def test_two_processes_have_the_same_masks_at_every_step(tmp_path):
-    """DDP over gloo, its broadcast of buffers switched off; and those of one process."""
+    """DDP over gloo, its broadcast of buffers switched off; and those of one process.
+
+    By every score: a rank sees its own rows only, and what it saw of them is made one.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    words = port, str(tmp_path), "--still"
-    mp.start_processes(one_of_two, words, nprocs=2, start_method="fork")
-    one, other = (torch.load(tmp_path / f"masks-{rank}.pt") for rank in (0, 1))
-    assert len(one) == 6  # the batches are shared out: half as many steps
-    assert torch.equal(one, other) and one[-1].sum() == 24 and one[0].all()
-    adapters = [load_file(tmp_path / f"adapter-{r}" / "adapter_model.safetensors") for r in (0, 1)]
-    assert_same_bits(*adapters)
-    alone = trainer(tmp_path / "alone", still(), per_device_train_batch_size=16)
-    seen = MaskAtEveryStep()
-    alone.add_callback(seen)
-    alone.train()
-    assert torch.equal(torch.stack(seen.masks), one)
-    alone.model.save_pretrained(tmp_path / "alone")
-    for name, tensor in load_file(tmp_path / "alone" / "adapter_model.safetensors").items():
-        torch.testing.assert_close(adapters[0][name], tensor, atol=1e-5, rtol=1e-4)
+    folders = {score: tmp_path / score for score in BY_WHAT_IS_SEEN}
+    runs = [[str(folder), "--still", f"--score={score}"] for score, folder in folders.items()]
+    mp.start_processes(one_of_two, (port, runs), nprocs=2, start_method="fork")
+    for score, folder in folders.items():
+        _has_the_masks_of_one_process(folder, score)
     # The random numbers of both are in a checkpoint, each file with its checksum.
-    assert last_whole(str(tmp_path), True) is True
+    folder = folders["frobenius_share"]
+    assert last_whole(str(folder), True) is True
     for rank in (0, 1):
-        file = tmp_path / f"checkpoint-6/rng_state_{rank}.pth"
+        file = folder / f"checkpoint-6/rng_state_{rank}.pth"
         whole = file.read_bytes()
         file.write_bytes(flip(whole, 0.6))
         with pytest.warns(UserWarning, match=f"rng_state_{rank}.pth is damaged.: resuming from"):
-            assert last_whole(str(tmp_path), True) == str(tmp_path / "checkpoint-3")
+            assert last_whole(str(folder), True) == str(folder / "checkpoint-3")
         file.write_bytes(whole)
+
+
+def _has_the_masks_of_one_process(folder, score: str) -> None:
+    one, other = (torch.load(folder / f"masks-{rank}.pt") for rank in (0, 1))
+    assert len(one) == 6  # the batches are shared out: half as many steps
+    assert torch.equal(one, other) and one[-1].sum() == 24 and one[0].all(), score
+    adapters = [load_file(folder / f"adapter-{r}" / "adapter_model.safetensors") for r in (0, 1)]
+    assert_same_bits(*adapters)
+    alone = trainer(folder / "alone", still(score=score), per_device_train_batch_size=16)
+    seen = MaskAtEveryStep()
+    alone.add_callback(seen)
+    alone.train()
+    assert torch.equal(torch.stack(seen.masks), one), score
+    alone.model.save_pretrained(folder / "alone")
+    for name, tensor in load_file(folder / "alone" / "adapter_model.safetensors").items():
+        torch.testing.assert_close(adapters[0][name], tensor, atol=1e-5, rtol=1e-4)
 
 
 def evaluations_that_get_worse(run) -> None:

@@ -14,6 +14,7 @@ from drlora_ref.experiments.grids.plans import expand, plan, read_grid
 from drlora_ref.experiments.results import paper
 from drlora_ref.experiments.run.settings import Settings, run_key
 from drlora_ref.experiments.tasks import grammar
+from drlora_ref.inject import default_target_modules, find_targets
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "notebooks" / "grids").glob("*.yaml"))
@@ -70,6 +71,11 @@ def test_without_a_notebook_a_run_is_given_all_its_settings():
 
 def test_a_run_with_a_rank_map_is_planned_by_what_the_map_holds(capsys):
     sha256 = plans.resolve_model("tiny-roberta").sha256
+    matrices = tiny_matrices()
+
+    def ranks(first: int) -> dict[str, int]:
+        return dict.fromkeys(matrices, 2) | {matrices[0]: first, matrices[1]: 4 - first}
+
     parameters = {"data_dir": "generated", "method": "lora", "rank_map": "found", "holdout": 14}
     grid = write_grid(notebook=None, parameters=parameters, vary={"seed": [0, 1]})
     with pytest.raises(FileNotFoundError, match="rank_map: found: no such file or folder"):
@@ -77,7 +83,7 @@ def test_a_run_with_a_rank_map_is_planned_by_what_the_map_holds(capsys):
     for seed in (0, 1):
         folder = Path("found", f"donor{seed}")
         folder.mkdir(parents=True)
-        held = {"seed": seed, "model": {"sha256": sha256}, "rank_pattern": {"a": seed, "b": 2}}
+        held = {"seed": seed, "model": {"sha256": sha256}, "rank_pattern": ranks(seed)}
         (folder / "record.json").write_text(json.dumps(held))
     first, second = plan(read_grid(grid), Path("runs"))
     assert first.steps == 45 * 4  # four batches of the fifty rows that are left
@@ -86,7 +92,7 @@ def test_a_run_with_a_rank_map_is_planned_by_what_the_map_holds(capsys):
                        vary={"seed": [0, 1]})  # fmt: skip
     assert [run.key for run in plan(read_grid(again), Path("runs"))] == [first.key, second.key]
     (Path("moved") / "donor1" / "record.json").write_text(json.dumps(
-        {"seed": 1, "model": {"sha256": sha256}, "rank_pattern": {"a": 2, "b": 1}}))  # fmt: skip
+        {"seed": 1, "model": {"sha256": sha256}, "rank_pattern": ranks(3)}))  # fmt: skip
     changed = plan(read_grid(again), Path("runs"))
     assert changed[0].key != first.key and changed[1].key == second.key  # seed 1 gets donor 0's
     assert "share the map" not in capsys.readouterr().out
@@ -94,6 +100,40 @@ def test_a_run_with_a_rank_map_is_planned_by_what_the_map_holds(capsys):
                       vary={"seed": [0, 1, 2, 3]})  # fmt: skip
     plan(read_grid(more), Path("runs"))
     assert "moved: the runs of seeds [1, 2, 3] share the map of seed 0\n" in capsys.readouterr().out
+
+
+# What is wrong about a map with rank 2 in each of these matrices, the other settings, the error.
+MISFITS = {
+    "a matrix that is not there": (lambda n: {"nowhere": 2}, {}, "has no matrix 'nowhere'"),
+    "a matrix left out": (lambda n: {n[0]: None}, {}, "None must be a whole number from 0"),
+    "more than d": (lambda n: {n[0]: 999}, {}, "999 must be a whole number from 0 to"),
+    "another budget": (lambda n: {n[0]: 3}, {}, "25 components in all, but the budget is"),
+    "one rank everywhere": (lambda n: {}, {"permute_map": 1}, "no two matrices of one shape"),
+}
+
+
+def tiny_matrices() -> list[str]:
+    """The names of tiny-roberta's twelve matrices."""
+    model, _ = plans.FAMILIES["cola"].load_model(plans.resolve_model("tiny-roberta"), "cola")
+    return list(find_targets(model, default_target_modules(model)))
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_a_map_that_does_not_fit_is_refused_before_the_first_run_of_a_grid(
+    kind, capsys, monkeypatch
+):
+    started = pretend(monkeypatch)
+    wrong, given, message = MISFITS[kind]
+    names = tiny_matrices()
+    Path("map.json").write_text(json.dumps(dict.fromkeys(names, 2) | wrong(names)))
+    parameters = {"data_dir": "generated", "method": "lora"}
+    cases = [{"target_r": 3}, {"rank_map": "map.json", **given}]
+    write_grid(notebook=None, parameters=parameters, cases=cases)
+    before = files()
+    assert main(["grid", "grid.yaml"]) == 1
+    error = capsys.readouterr().err
+    assert message in error and "map.json" in error and error.count("\n") == 1
+    assert not started and files() == before
 
 
 def test_more_rows_than_there_are_cannot_be_drawn_and_held_out():
@@ -378,7 +418,7 @@ def speed(run) -> float:
 
 
 COUNTS = {
-    "check_1_uniform_random_informed": 5 * 4 * 5,
+    "check_1_uniform_random_informed": 6 * 4 * 5,
     "check_2_gradient_norms": 2 * 5 * 2 * 5,
     "check_3_budgets": 4 * 4 * 5,
     "question_3_penalties": 13 * 2 * 5,
@@ -398,7 +438,7 @@ COUNTS = {
     "trial_sst2_length": 2 * 2 * 2,
     "trial_base_rates": 2 * 4 * 2 * 4 * 2,
     "trial_base_arms": 5 * 4 * 2 * 4,
-    "trial_base": 7 * 4 * 8,
+    "trial_base": 9 * 4 * 8,
     "trial_base_answers": 4 * 8,
     "trial_base_maps": 4 * 8 * 2,
 }
@@ -406,7 +446,7 @@ for _task in ("sst2", "cola", "grammar"):
     COUNTS |= {
         f"trial_{_task}_rates": 2 * 4 * 2 * 2,
         f"trial_{_task}_arms": 5 * 2 * 4,
-        f"trial_{_task}": 7 * 8,
+        f"trial_{_task}": 9 * 8,
         f"trial_{_task}_answers": 8,
         f"trial_{_task}_maps": 2 * 8,
     }

@@ -43,6 +43,7 @@ DIFFERENT = [
     dict(seed=5, score="frobenius_norm", target_r=1),
     dict(seed=6, score="output_norm"),
     dict(seed=7, init_r=4, score="loss_sensitivity"),
+    dict(seed=8, init_r=4, score="frobenius_norm", uniform=True),
 ]
 
 
@@ -99,7 +100,7 @@ def test_each_replica_follows_the_page_long_loop(i, together, still, tmp_path):
                 (engine.layers[name].lora_B[i, :, :r], layer.lora_B),
                 (engine.layers[name].lora_c[i, :r], layer.lora_c),
             ):
-                torch.testing.assert_close(here, there, atol=1e-5, rtol=0)
+                torch.testing.assert_close(here, there, atol=3e-5, rtol=0)
 
 
 def test_padding_stays_zero_and_loras_c_stays_one(together):

@@ -21,7 +21,8 @@ FIELDS = {field.name for field in dataclasses.fields(Settings)}
 # What only one family of tasks knows, and so only its notebook has.
 SQUAD, XSUM = {"stride", "scoring"}, {"summary_length", "num_beams", "scoring"}
 # Of grids without a notebook.
-CONTROLS = {"rank_map", "permute_map", "holdout", "tinit", "tfinal", "group_by_length", "penalty"}
+CONTROLS = {"rank_map", "permute_map", "holdout", "tinit", "tfinal", "group_by_length", "penalty",
+            "uniform"}  # fmt: skip
 # How a step is computed, and what is kept of it; by the command and in grids.
 STEP = {"capture", "attention", "fused_adamw", "frozen_bf16", "compile_encoder", "film_events"}
 OWN = {"10_roberta_glue": set(), "11_squad": SQUAD, "12_xsum": XSUM}

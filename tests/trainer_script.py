@@ -1,6 +1,8 @@
 """A small Trainer script, dynamic-rank by the two lines that say so. Tests import it and run it:
 
-python trainer_script.py FOLDER [--still] [CHECKPOINT]   leaves adapter and mask after every step
+python trainer_script.py FOLDER [--still] [--score=NAME] [CHECKPOINT]
+
+It leaves the adapter, and the mask after every step.
 """
 
 import os
@@ -81,13 +83,17 @@ def trainer(folder, model=None, **given) -> DynamicRankTrainer:
 
 
 def main(folder: str, *rest: str) -> None:
-    model = still() if "--still" in rest else adapted()
+    given = {}
+    for word in rest:
+        if word.startswith("--score="):
+            given["score"] = word.removeprefix("--score=")
+    model = still(**given) if "--still" in rest else adapted(**given)
     # Buffers are not broadcast: that both ranks have one mask is the allocator's doing.
     saving = dict(save_strategy="steps", save_steps=3) if "WORLD_SIZE" in os.environ else {}
     run = trainer(folder, model, ddp_broadcast_buffers=False, **saving)
     seen = MaskAtEveryStep()
     run.add_callback(seen)
-    run.train(resume_from_checkpoint=next((word for word in rest if word != "--still"), None))
+    run.train(resume_from_checkpoint=next((word for word in rest if word[:2] != "--"), None))
     rank = run.args.process_index
     torch.save(torch.stack(seen.masks), Path(folder) / f"masks-{rank}.pt")
     run.model.save_pretrained(Path(folder) / f"adapter-{rank}")

@@ -29,11 +29,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TypedDict
 
+from torch import nn
+
 from drlora_ref.experiments.given import check_known, check_name, place, read_yaml, shown
 from drlora_ref.experiments.grids import Value, processes
+from drlora_ref.experiments.methods.rank_maps import lora_ranks
 from drlora_ref.experiments.replicas.many_runs import can_be_replica, shared_settings
 from drlora_ref.experiments.results import paper, summaries
-from drlora_ref.experiments.run.rank_maps import find_rank_map, sha256_of, shared_donors
+from drlora_ref.experiments.run.rank_maps import RankMap, find_rank_map, sha256_of, shared_donors
 from drlora_ref.experiments.run.settings import PLACES, Settings, run_key
 from drlora_ref.experiments.sources.models import ModelSource, resolve_model
 from drlora_ref.experiments.tasks.data import check_sizes
@@ -203,7 +206,7 @@ def plan(grid: Grid, out: Path) -> list[PlannedRun]:
 
     Says where runs of several seeds would share one donor's rank map: they are not independent.
 
-    Raises what the checks raise: of the notebook, of Settings, of data, models and schedules;
+    Raises what the checks raise: of the notebook, Settings, data, models, rank maps and schedules;
     ValueError for two runs that are the same.
     """
     sets, notebook = expand(grid), grid.get("notebook")
@@ -216,12 +219,14 @@ def plan(grid: Grid, out: Path) -> list[PlannedRun]:
     names = sorted({one.model_name for one in settings})
     models = {name: resolve_model(name) for name in names}
     there = {path.name.rsplit("-", 1)[-1]: path for path in sorted(out.glob("*-*"))}
+    fits = _MapsFit()
     runs: dict[str, PlannedRun] = {}
     for (label, _), one in zip(sets, settings, strict=True):
         fingerprint, rows = data[one.task, one.data_dir]
         model = models[one.model_name]
-        rank_map = sha256_of(find_rank_map(one, model.sha256))
-        key = run_key(one, fingerprint, model.sha256, rank_map)
+        rank_map = find_rank_map(one, model.sha256)
+        fits(label, one, model, rank_map)
+        key = run_key(one, fingerprint, model.sha256, sha256_of(rank_map))
         if key in runs:
             raise ValueError(f"{runs[key].label} and {label} are the same run")
         folder = there.get(key, out / f"{label}-{key}")  # labels may change
@@ -235,6 +240,28 @@ def plan(grid: Grid, out: Path) -> list[PlannedRun]:
         for donor, theirs in shared_donors(rank_map, seeds).items():
             print(f"rank_map {rank_map}: the runs of seeds {theirs} share the map of seed {donor}")
     return list(runs.values())
+
+
+class _MapsFit:
+    """Whether rank maps fit their models, each of which is loaded once, and none without a map."""
+
+    def __init__(self) -> None:
+        self.models: dict[tuple[str, str], nn.Module] = {}
+
+    def __call__(
+        self, label: str, settings: Settings, source: ModelSource, rank_map: RankMap | None
+    ) -> None:
+        """Raise ValueError as lora_ranks does, naming the run."""
+        if rank_map is None:
+            return
+        at = settings.task, settings.model_name
+        if at not in self.models:
+            self.models[at], _ = FAMILIES[settings.task].load_model(source, settings.task)
+        given = settings.permute_map, settings.target_r, settings.lora_alpha
+        try:
+            lora_ranks(self.models[at], rank_map.ranks, *given)
+        except ValueError as error:
+            raise ValueError(f"{label}: {error}") from None
 
 
 def _taken(notebook: Path | None, sets: list[Parameters]) -> set[str]:

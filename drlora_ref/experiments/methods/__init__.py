@@ -115,11 +115,13 @@ def drlora(
     penalty: str = "dem",
     beta: float = 0.9,
     score: str = "frobenius_share",
+    uniform: bool = False,
     seed: int = 0,
 ) -> Prepared:
     """Dynamic-rank DoRA: init_r components in every matrix, an allocator that prunes, and DEM.
 
-    `penalty` names what takes DEM's place, under the same weight. Raises ValueError for a negative
+    `penalty` names what takes DEM's place, under the same weight. With `uniform` each matrix is cut
+    to the same rank: the method without its distribution. Raises ValueError for a negative
     dem_weight or an unknown penalty, and as inject_adapters and RankAllocator do.
     """
     if dem_weight < 0:
@@ -131,7 +133,7 @@ def drlora(
     def term(step: int) -> Tensor | None:
         return None if schedule.pruning_ended(step) else dem_weight * penalty_loss(model, of_layer)
 
-    allocator = RankAllocator(model, schedule, beta=beta, score=score, seed=seed)
+    allocator = RankAllocator(model, schedule, beta, score, seed, uniform=uniform)
     return Prepared(model, allocator, term if dem_weight else None)
 
 

@@ -71,8 +71,9 @@ class Replicas:
         )
         self.rates = warmed_up(self.optimizer, self.shared.warmup, self.schedule.total_steps)
         scores, seeds = [s.score for s in settings], [s.seed for s in settings]
+        uniform = [s.uniform for s in settings]
         self.allocator = ReplicaAllocator(
-            self.layers, schedules, prunes, scores, self.shared.beta, seeds
+            self.layers, schedules, prunes, scores, self.shared.beta, seeds, uniform
         )
         if self.allocator.watch:
             self.allocator.watch.follow(model)

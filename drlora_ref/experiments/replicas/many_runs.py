@@ -20,7 +20,7 @@ from drlora_ref.experiments.tasks import glue, squad
 
 # What runs on one encoder may differ in; all else of their settings they share.
 OWN = ("method", "seed", "init_r", "target_r", "rank_map", "permute_map", "learning_rate",
-       "dem_weight", "score", "curve")  # fmt: skip
+       "dem_weight", "score", "uniform", "curve")  # fmt: skip
 
 
 def shared_settings(settings: Settings) -> dict:

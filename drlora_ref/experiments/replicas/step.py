@@ -40,6 +40,7 @@ class ReplicaAllocator:
         scores: list[str],
         beta: float,
         seeds: list[int],
+        uniform: list[bool],
     ):
         self.layers, self.schedules, self.beta = layers, schedules, beta
         self.score_names = scores
@@ -49,6 +50,7 @@ class ReplicaAllocator:
             for name in scores
         }
         self.prunes = torch.tensor(prunes, device=self.alive.device)
+        self.uniform = torch.tensor(uniform, device=self.alive.device)
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.needs = set().union(*(needs(SCORES[name]) for name in scores))
         self.watch = ZWatch(list(layers.values())) if "z_square" in self.needs else None
@@ -122,18 +124,26 @@ class ReplicaAllocator:
 
     def _prune(self, global_step: int, live: Tensor) -> list[bool]:
         layers = len(self.layers)
-        keep = [s.keep_count(global_step, layers * s.init_r) for s in self.schedules]
         sound = self.ema.isfinite().all(dim=1)
         padding = ~self.alive.transpose(0, 1).flatten(1)  # (R, N)
         ranked = self.ema.where(sound.unsqueeze(1), 0.0)  # the others' order does not matter
         ranked = ranked.masked_fill(padding, BELOW_EVERY_SCORE)
-        best = select_components(ranked, torch.tensor(keep))
+        best = self._best(ranked, global_step, layers)
+        if self.uniform.any():
+            own = self._best(ranked.unflatten(1, (layers, -1)), global_step, 1).flatten(1)
+            best = torch.where(self.uniform.unsqueeze(1), own, best)
         # LoRA's replicas and diverged ones: nothing changes, so their old mask is the new one.
         changes = (self.prunes & live & sound).unsqueeze(1)
         for layer, part in zip(self.layers.values(), best.chunk(layers, dim=1), strict=True):
             layer.component_mask.copy_(torch.where(changes, part, layer.component_mask))
         zero_pruned(self.layers)
         return (sound | ~self.prunes).tolist()  # LoRA has no scores
+
+    def _best(self, ranked: Tensor, global_step: int, layers: int) -> Tensor:
+        """Mask of what each replica keeps of so many layers, that are ranked together."""
+        keep = [s.keep_count(global_step, layers * s.init_r) for s in self.schedules]
+        each = torch.tensor(keep).view(-1, *[1] * (ranked.dim() - 2))
+        return select_components(ranked, each.expand(ranked.shape[:-1]))
 
     def ranks(self) -> Tensor:
         """Surviving components of every layer: (layers, R)."""

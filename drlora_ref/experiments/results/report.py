@@ -54,10 +54,10 @@ def show(frame: pd.DataFrame, across: str = "", scale: float = 100) -> str:
     that could have been shown. Where runs started from an encoder that was trained on more than
     text alone (mpnet-base), a last line says so.
 
-    >>> cell = dict(method="lora", mean=0.572, std=0.011, n=5, ci_low=0.558, ci_high=0.586)
+    >>> cell = dict(method="lora", mean=0.751, std=0.013, n=5, ci_low=0.735, ci_high=0.767)
     >>> print(show(pd.DataFrame([cell | {"collapsed": 1}])))
     method                              ours
-      lora 57.2 ± 1.1 (5 seeds, 1 collapsed)
+      lora 75.1 ± 1.3 (5 seeds, 1 collapsed)
     """
     hidden = (*STATISTICS, *COUNTS, *COMPARED, "paper", "trainable_parameters")
     keys = [name for name in frame if name not in hidden]

@@ -102,7 +102,8 @@ def _model_files(model: dict) -> str | None:
 def arm_name(parameters: dict) -> str:
     """What is compared in a trial: method, ranks, score, penalty, and where a rank map came from.
 
-    And the score's memory, where it is not the usual one: with 0.999 it keeps what it has chosen.
+    And the score's memory, where it is not the usual one: with 0.999 it keeps what it has chosen;
+    and whether the map is uniform, although the method prunes.
 
     >>> arm_name({"method": "lora", "target_r": 2, "rank_map": "runs/found", "permute_map": 3})
     'lora r=2 permuted map'
@@ -122,6 +123,8 @@ def arm_name(parameters: dict) -> str:
         words.append(parameters["importance_score"])
     if known and "beta" in known.own and parameters.get("beta", Settings.beta) != Settings.beta:
         words.append(f"beta={parameters['beta']:g}")
+    if known and "uniform" in known.own and parameters.get("uniform"):
+        words.append("uniform")
     if known and "penalty" in known.own and parameters.get("penalty", "dem") != "dem":
         words.append(parameters["penalty"])
     if parameters.get("rank_map"):
@@ -217,6 +220,10 @@ def _statistics(values: pd.Series) -> dict[str, float]:
 
 def average(frame: pd.DataFrame, value: str = "score") -> pd.DataFrame:
     """Table 2's last column: the mean of GLUE's eight tasks, one row a method and budget.
+
+    It is here to be held against the paper's, and to compare nothing else: it adds up accuracies
+    and correlations, whose points are not of one size. Between methods take `mean_ranks`, or
+    `mean_over_tasks` of differences.
 
     As in `summarise`, with task "avg": each seed's mean over the tasks, then mean and std over
     those n seeds that ran all eight. Raises ValueError as `summarise` does.

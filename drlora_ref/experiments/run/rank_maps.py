@@ -44,15 +44,18 @@ def find_rank_map(settings: Settings, model_sha256: str) -> RankMap | None:
     which runs are good is not for the control to choose.
 
     Whether the map fits the model, methods.rank_maps says. Raises FileNotFoundError, and ValueError
-    for a record that is cut short, of another model or of a run that diverged, for a folder with
-    two runs of one seed, a seed that is no whole number, or no map of another seed, and for a file
-    that holds anything else.
+    for a record that is cut short, of another model or of a run that diverged, for a folder with a
+    record of another model or without ranks, whichever would be taken, with two runs of one seed, a
+    seed that is no whole number, or no map of another seed, and for a file that holds anything
+    else.
     """
     if not settings.rank_map:
         return None
     path = place(settings.rank_map)
     if _is_folder_of_runs(path):
         donors = _donors(path)
+        for donor, record in donors.values():  # not only the one that is taken
+            _check_model(donor, record, model_sha256)
         return _of_record(*donors[_next(settings.seed, donors, path)], model_sha256)
     if path.is_dir():
         path = path / "record.json"
@@ -116,7 +119,8 @@ def _diverged(record: dict) -> bool:
     return record.get("status") == "diverged"
 
 
-def _of_record(path: Path, record: dict, model_sha256: str) -> RankMap:
+def _check_model(path: Path, record: dict, model_sha256: str) -> dict[str, int]:
+    """The ranks of a record; raises ValueError if it has none, or those of another model."""
     ranks, model = record.get("rank_pattern"), record.get("model", {})
     if not isinstance(ranks, dict) or not ranks or not isinstance(model, dict):
         raise ValueError(f"rank_map: {path} is of a method without ranks, or no record")
@@ -125,6 +129,11 @@ def _of_record(path: Path, record: dict, model_sha256: str) -> RankMap:
         raise ValueError(
             f"rank_map: {path} is of another model (sha256 {theirs[:12]}, here {model_sha256[:12]})"
         )
+    return ranks
+
+
+def _of_record(path: Path, record: dict, model_sha256: str) -> RankMap:
+    ranks = _check_model(path, record, model_sha256)
     if _diverged(record):
         raise ValueError(f"rank_map: {path} has the status 'diverged': this run found no map")
     seed = record.get("seed", "unknown")

@@ -58,6 +58,7 @@ class Settings:
     deltaT: int = 10  # optimizer steps between two pruning events
     beta: float = 0.9  # memory of the smoothed score, Eq. 8
     score: str = "frobenius_share"  # or frobenius_norm, output_norm, loss_sensitivity, random, ...
+    uniform: bool = False  # True: every matrix keeps as many, its own best: a control of drlora
     curve: str = "paper"  # Eq. 9; or adalora
     lora_alpha: float = 8.0  # scaling: lora_alpha / init_r (drlora, prune-once), / target_r (lora)
     lora_dropout: float = 0.1  # share of a layer's input that its adapter does not see
@@ -111,6 +112,8 @@ class Settings:
             raise ValueError(
                 f"film_events = {self.film_events}: only drlora has scores, not {self.method}"
             )
+        if self.uniform and "uniform" not in METHODS[self.method].own:
+            raise ValueError(f"uniform = True: only drlora takes it, not {self.method}")
         if self.permute_map and not self.rank_map:
             raise ValueError(f"permute_map = {self.permute_map}: there is no rank_map to permute")
         # The steps are known once the data are; every other number of Eq. 9 can be checked now.
@@ -180,6 +183,7 @@ NEWER = (
     "tinit",
     "tfinal",
     "permute_map",
+    "uniform",
     "group_by_length",
     "scoring",
     "penalty",
