@@ -11,8 +11,9 @@ import nbformat
 import pandas as pd
 import pytest
 
-from drlora_ref.experiments.results import examples, rank_maps, summaries
+from drlora_ref.experiments.results import examples, figure_2, rank_maps, summaries
 from drlora_ref.experiments.results.claims import STATUSES, WHOSE, as_markdown, claims, ledger
+from drlora_ref.experiments.run import records
 
 ROOT = Path(__file__).parents[1]
 each_claim = pytest.mark.parametrize("claim", claims(), ids=lambda claim: claim.id)
@@ -142,14 +143,26 @@ def trial_interval(arm: str, against: str) -> tuple[float, float]:
     return round(100 * found.ci_low, 1), round(100 * found.ci_high, 1)
 
 
-def quoted(arm: str, against: str) -> list[str]:
-    """How the texts quote a difference: points, interval and what would have been seen, if not."""
-    found = trial_difference(arm, against)
-    low, high = 100 * found.ci_low, 100 * found.ci_high
+def in_words(found: Any, scale: float, digits: int) -> list[str]:
+    """How the texts quote a difference: its size and interval; "smallest" if it is not told."""
+    low, high = scale * found.ci_low, scale * found.ci_high
     told = low > 0 or high < 0
     ends = sorted((abs(low), abs(high))) if told else (low, high)
-    figures = [f"{abs(100 * found.mean):.2f}", f"{ends[0]:.2f} to {ends[1]:.2f}"]
-    return figures if told else [*figures, f"{100 * found.smallest:.2f}"]
+    figures = [
+        f"{abs(scale * found.mean):.{digits}f}",
+        f"{ends[0]:.{digits}f} to {ends[1]:.{digits}f}",
+    ]
+    seen = told or not hasattr(found, "smallest")
+    return figures if seen else [*figures, f"{scale * found.smallest:.{digits}f}"]
+
+
+def loss_difference(arm: str, against: str) -> Any:
+    """How far an arm's training loss is above another's: eight seeds."""
+    both = trial()[trial().arm.isin([arm, against])]
+    by_arm = both.assign(method=both.arm)
+    (found,) = summaries.paired_difference(by_arm, against, "task", "final_loss").itertuples()
+    assert found.n == 8
+    return found
 
 
 def tuned_lora() -> bool:
@@ -158,8 +171,21 @@ def tuned_lora() -> bool:
 
 def more_than_chance() -> bool:
     steady = trial_difference(PAPER, STEADY)
-    by_chance = trial_interval(PAPER, "drlora r=6→2 random")
-    return by_chance == (0.4, 1.1) and steady.ci_low < 0 < steady.ci_high
+    by_chance, loss = trial_interval(PAPER, CHANCE), loss_difference(PAPER, STEADY)
+    in_loss = loss.ci_high < 0 and round(loss.mean, 2) == -0.02
+    return by_chance == (0.4, 1.1) and steady.ci_low < 0 < steady.ci_high and in_loss
+
+
+def the_amount() -> bool:
+    arms = "lora r=6", "lora r=2"
+    both = trial()[trial().arm.isin(arms)]
+    (dev,) = examples.paired_by_example(both, arms[1], split="validation").itertuples()
+    steps = [set(both[both.arm == arm].total_steps) for arm in arms]
+    return (
+        trial_interval(*arms) == (0.5, 1.1)
+        and dev.ci_low < 0 < dev.ci_high
+        and steps == [{2000}, {1000}]
+    )
 
 
 def the_place() -> bool:
@@ -171,22 +197,49 @@ def the_path() -> bool:
     return trial_interval(ANSWERS, GIVEN) == (-1.3, -0.6)
 
 
+def shares_of_rank(arm: str) -> dict[str, float]:
+    """How much of all rank these kinds of matrices have, over the maps of an arm."""
+    found = {"Wq, Wk, Wf1": 0.0, "Wo, Wf2": 0.0}
+    folders = trial()[trial().arm == arm].folder
+    for folder in folders:
+        ranks = figure_2.encoder_ranks(records.read_record(folder)["rank_pattern"])
+        for kinds in found:
+            mine = sum(rank for (kind, _), rank in ranks.items() if kind in kinds.split(", "))
+            found[kinds] += mine / sum(ranks.values()) / len(folders)
+    return {kinds: round(share, 2) for kinds, share in found.items()}
+
+
 def one_map() -> bool:
     found = rank_maps.map_agreement(trial()[trial().arm.isin([PAPER, ANSWERS])], "arm", 200)
     agree = found.set_index("arm")[["n", "spearman", "permuted"]].round(2)
     assert (agree.n == 8).all()
+    assert shares_of_rank(ANSWERS) == {"Wq, Wk, Wf1": 0.82, "Wo, Wf2": 0.05}
     return (agree.spearman[ANSWERS], agree.spearman[PAPER]) == (0.72, 0.14) and (
         agree.permuted[ANSWERS], abs(agree.permuted[PAPER])) == (0.20, 0.0)  # fmt: skip
 
 
-# The differences that README and notebook 18 quote in words.
-QUOTED = [
-    (PAPER, "lora r=2"),
-    (PAPER, "drlora r=6→2 random"),
-    (PAPER, STEADY),
-    (GIVEN, PERMUTED),
-    (ANSWERS, GIVEN),
-]
+CHANCE = "drlora r=6→2 random"
+BOTH = ("README.md", "notebooks/18_where_should_the_rank_go.ipynb")
+# The differences that these texts quote in words: in points, and in training loss.
+IN_POINTS = {
+    (PAPER, "lora r=2"): BOTH,
+    (PAPER, CHANCE): BOTH,
+    (PAPER, STEADY): BOTH,
+    ("lora r=6", "lora r=2"): BOTH,
+    (GIVEN, PERMUTED): BOTH,
+    (ANSWERS, GIVEN): BOTH,
+    (ANSWERS, "lora r=2"): BOTH[1:],
+    (STEADY, CHANCE): BOTH[1:],
+    (GIVEN, "lora r=2"): BOTH[1:],
+}
+IN_LOSS = {
+    (PAPER, "lora r=2"): BOTH,
+    (PAPER, STEADY): BOTH,
+    ("lora r=6", "lora r=2"): BOTH[1:],
+    (GIVEN, PERMUTED): BOTH[1:],
+    (GIVEN, "lora r=2"): BOTH[1:],
+    (ANSWERS, GIVEN): BOTH[1:],
+}
 
 # What a claim with a record says, recomputed from it; its status and note stand on this.
 CHECKS = {
@@ -201,6 +254,7 @@ CHECKS = {
     "other penalties": other_penalties,
     "tuned LoRA": tuned_lora,
     "more than chance": more_than_chance,
+    "the amount": the_amount,
     "the place": the_place,
     "the path": the_path,
     "one map": one_map,
@@ -230,17 +284,29 @@ def test_what_a_record_decides_is_recomputed(claim):
     assert claim.id not in CHECKS or CHECKS[claim.id]()
 
 
-@pytest.mark.parametrize("text", ["README.md", "notebooks/18_where_should_the_rank_go.ipynb"])
-@pytest.mark.parametrize("arm, against", QUOTED)
-def test_a_difference_that_a_text_quotes_is_the_records(text, arm, against):
+@cache
+def bullets(text: str) -> list[str]:
+    """The bullets of a Markdown file, or of what a notebook concludes."""
     if text.endswith(".ipynb"):
         cells = nbformat.read(ROOT / text, 4).cells
         words = next(cell.source for cell in cells if "## What we now know" in cell.source)
     else:
         words = (ROOT / text).read_text(encoding="utf-8")
-    bullets = " ".join(words.split()).split(" - ")
-    figures = quoted(arm, against)
-    assert any(all(f in bullet for f in figures) for bullet in bullets), figures
+    return " ".join(words.split()).split(" - ")
+
+
+@pytest.mark.parametrize("arm, against", IN_POINTS)
+def test_a_difference_that_a_text_quotes_is_the_records(arm, against):
+    figures = in_words(trial_difference(arm, against), 100, 2)
+    for text in IN_POINTS[arm, against]:
+        assert any(all(f in bullet for f in figures) for bullet in bullets(text)), (text, figures)
+
+
+@pytest.mark.parametrize("arm, against", IN_LOSS)
+def test_a_training_loss_that_a_text_quotes_is_the_records(arm, against):
+    figures = in_words(loss_difference(arm, against), 1, 3)
+    for text in IN_LOSS[arm, against]:
+        assert any(all(f in bullet for f in figures) for bullet in bullets(text)), (text, figures)
 
 
 def test_what_is_not_run_names_no_record():
