@@ -38,15 +38,42 @@ def select_components(scores: Tensor, keep: int | Tensor) -> Tensor:
     """
     n = scores.shape[-1]
     keep = torch.as_tensor(keep, device=scores.device)
+    _check_finite(scores)
+    if (keep < 0).any() or (keep > n).any():
+        raise ValueError(f"keep = {keep.tolist()}: must be between 0 and the {n} components")
+    return _places(scores) < keep.unsqueeze(-1)
+
+
+def spread_evenly(scores: Tensor) -> Tensor:
+    """Scores for one queue that takes as many components from each layer: a control.
+
+    Shapes: scores (..., layers, r) -> (..., layers · r), whole numbers, the highest the best
+    Raises Diverged if a score is NaN or infinite.
+
+    First comes the place that a component has within its layer, then its own score. So of any
+    number that is kept the layers' shares differ by one at most, and each layer keeps its best.
+
+    >>> even = spread_evenly(torch.tensor([[0.9, 0.8, 0.7], [0.3, 0.1, 0.2]]))
+    >>> select_components(even, keep=3).view(2, 3).tolist()
+    [[True, True, False], [True, False, False]]
+    """
+    _check_finite(scores)
+    of_all = _places(scores.flatten(-2))
+    return -(_places(scores).flatten(-2) * of_all.shape[-1] + of_all)
+
+
+def _check_finite(scores: Tensor) -> None:
     if not scores.isfinite().all():
         bad = scores.isfinite().logical_not().sum()
         raise Diverged(f"{bad} of {scores.numel()} scores are NaN or infinite: training diverged")
-    if (keep < 0).any() or (keep > n).any():
-        raise ValueError(f"keep = {keep.tolist()}: must be between 0 and the {n} components")
+
+
+def _places(scores: Tensor) -> Tensor:
+    """How many are ranked before each one, in the last dimension: whole numbers of that shape."""
     best_first = scores.argsort(dim=-1, descending=True, stable=True)
-    place = torch.empty_like(best_first)  # place[i]: how many components are ranked before i
-    place.scatter_(-1, best_first, torch.arange(n, device=scores.device).expand_as(best_first))
-    return place < keep.unsqueeze(-1)
+    place = torch.empty_like(best_first)
+    numbers = torch.arange(scores.shape[-1], device=scores.device)
+    return place.scatter_(-1, best_first, numbers.expand_as(best_first))
 
 
 def check_scoring(score: str | Callable, beta: float) -> None:
@@ -156,9 +183,9 @@ class RankAllocator:
     layers are watched for z_square until pruning has ended, by `watch` if the caller has one;
     layers given by name have no model, so `allocator.watch.follow(model)` must say where padding
     is read. With `uniform` every layer keeps the same number of components, its own best: a control
-    that prunes and distributes nothing. Raises ValueError for a model without adapted layers or
-    with another number of components than the schedule starts from, for an unknown score, and for
-    beta outside [0, 1).
+    that prunes as much at every event and distributes nothing (see spread_evenly). Raises
+    ValueError for a model without adapted layers or with another number of components than the
+    schedule starts from, for an unknown score, and for beta outside [0, 1).
 
     Read with care: once pruning has ended, zeros must be written again after every optimizer step.
     The gradient of a c at zero is not zero, and AdamW also remembers past gradients: either moves
@@ -249,9 +276,11 @@ class RankAllocator:
             scores = self.scores()
             self.ema = ema_update(self.ema.to(scores), scores, self.beta)
         if self.schedule.prunes_at(global_step):
-            scores = self.ema.view(len(self.layers), -1) if self.uniform else self.ema
-            keep = self.schedule.keep_count(global_step, scores.shape[-1])
-            self._set_mask(select_components(scores, keep).flatten())
+            scores = self.ema
+            if self.uniform:
+                scores = spread_evenly(scores.view(len(self.layers), -1))
+            keep = self.schedule.keep_count(global_step, len(scores))
+            self._set_mask(select_components(scores, keep))
             zero_pruned(self.layers)
 
     def _check_reached(self, step: int) -> None:
@@ -312,7 +341,8 @@ class RankAllocator:
     def load_state_dict(self, state: dict) -> None:
         """Go on exactly where state_dict() was taken; also restores the layers' masks.
 
-        Raises ValueError if the state belongs to other layers, or another schedule, beta or score.
+        Raises ValueError if the state belongs to other layers, or another schedule, beta, score or
+        `uniform`.
         """
         for name, here in self._configuration().items():
             there = state["configuration"].get(name, False)  # before it had a name: not uniform

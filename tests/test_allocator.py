@@ -19,7 +19,7 @@ from drlora_ref import (
     inject_adapters,
     select_components,
 )
-from drlora_ref.allocator import zero_pruned
+from drlora_ref.allocator import Diverged, spread_evenly, zero_pruned
 
 SCHEDULE = BudgetSchedule(init_r=3, target_r=2, total_steps=40, deltaT=5)  # events 6, 11, 16, 20
 
@@ -252,13 +252,32 @@ def test_uniform_keeps_the_same_number_in_every_layer_its_own_best(score):
     for step in range(1, SCHEDULE.t_end + 1):
         one_step()
         allocator.step(step)
-        ranks = set(allocator.rank_pattern().values())
-        assert len(ranks) == 1
-    assert ranks == {2}
+        ranks = allocator.rank_pattern().values()
+        assert max(ranks) - min(ranks) <= 1
+        if SCHEDULE.prunes_at(step):  # as many at every event as where one queue is cut
+            assert sum(ranks) == SCHEDULE.keep_count(step, 12)
+    assert set(ranks) == {2}
     worst = allocator.ema.view(4, 3).argmin(dim=1)
     assert (~allocator.mask).nonzero().flatten().tolist() == [
         3 * i + w for i, w in enumerate(worst)
     ]
+
+
+def test_spread_evenly_takes_each_layers_best_and_of_the_rest_the_best_of_all():
+    """Against the same rule written out, at every number that may be kept; ties too."""
+    draw = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 4, (2, 5, 3), generator=draw).float()
+    for keep in range(16):
+        masks = select_components(spread_evenly(scores), keep).view(2, 5, 3)
+        for own, mask in zip(scores, masks, strict=True):
+            queue = []
+            for i, layer in enumerate(own.tolist()):
+                best_first = sorted(range(3), key=lambda j: (-layer[j], j))
+                queue += [(place, -layer[j], i, j) for place, j in enumerate(best_first)]
+            kept = {(i, j) for _, _, i, j in sorted(queue)[:keep]}
+            assert kept == {tuple(at) for at in mask.nonzero().tolist()}
+    with pytest.raises(Diverged, match="1 of 6 scores are NaN or infinite"):
+        spread_evenly(torch.tensor([[1.0, torch.nan], [0, 0], [0, 0]]))
 
 
 def test_a_state_from_before_uniform_had_a_name_is_that_of_one_budget():

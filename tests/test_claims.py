@@ -219,10 +219,11 @@ def one_map() -> bool:
 
 
 CHANCE = "drlora r=6→2 random"
+TUNER = "contrib/peft/README.md"
 BOTH = ("README.md", "notebooks/18_where_should_the_rank_go.ipynb")
 # The differences that these texts quote in words: in points, and in training loss.
 IN_POINTS = {
-    (PAPER, "lora r=2"): BOTH,
+    (PAPER, "lora r=2"): (*BOTH, TUNER),
     (PAPER, CHANCE): BOTH,
     (PAPER, STEADY): BOTH,
     ("lora r=6", "lora r=2"): BOTH,
@@ -292,7 +293,7 @@ def bullets(text: str) -> list[str]:
         words = next(cell.source for cell in cells if "## What we now know" in cell.source)
     else:
         words = (ROOT / text).read_text(encoding="utf-8")
-    return " ".join(words.split()).split(" - ")
+    return [" ".join(words.split()) for words in re.split(r"^ *- ", words, flags=re.MULTILINE)]
 
 
 @pytest.mark.parametrize("arm, against", IN_POINTS)

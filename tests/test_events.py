@@ -74,6 +74,8 @@ def test_a_run_that_diverged_before_its_first_event_keeps_none(tmp_path):
 
 
 def test_who_keeps_events_runs_singly_and_has_scores():
+    with pytest.raises(ValueError, match="film_events = 5: a film shows one queue"):
+        Settings(film_events=5, uniform=True)
     kept = Settings(film_events=5)
     assert not can_be_replica(kept)
     with pytest.raises(ValueError, match="film_events = 5: replicas keep no events"):

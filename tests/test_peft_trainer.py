@@ -318,19 +318,18 @@ def test_another_process_resumes_bit_identically(tmp_path):
     assert_same_bits(there, load_file(tmp_path / "adapter" / weights))
 
 
-# Of the weights, of the answers, of the loss: the last two come of what a step sees.
-BY_WHAT_IS_SEEN = ("frobenius_share", "output_norm", "loss_sensitivity")
+SCORES_TRIED = ("frobenius_share", "output_norm", "loss_sensitivity")
 
 
 def test_two_processes_have_the_same_masks_at_every_step(tmp_path):
     """DDP over gloo, its broadcast of buffers switched off; and those of one process.
 
-    By every score: a rank sees its own rows only, and what it saw of them is made one.
+    By a score of the weights alone, and by the two that depend on the rows: a rank sees its own.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    folders = {score: tmp_path / score for score in BY_WHAT_IS_SEEN}
+    folders = {score: tmp_path / score for score in SCORES_TRIED}
     runs = [[str(folder), "--still", f"--score={score}"] for score, folder in folders.items()]
     mp.start_processes(one_of_two, (port, runs), nprocs=2, start_method="fork")
     for score, folder in folders.items():

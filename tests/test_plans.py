@@ -105,7 +105,8 @@ def test_a_run_with_a_rank_map_is_planned_by_what_the_map_holds(capsys):
 # What is wrong about a map with rank 2 in each of these matrices, the other settings, the error.
 MISFITS = {
     "a matrix that is not there": (lambda n: {"nowhere": 2}, {}, "has no matrix 'nowhere'"),
-    "a matrix left out": (lambda n: {n[0]: None}, {}, "None must be a whole number from 0"),
+    "a matrix left out": (lambda n: {n[0]: "out"}, {}, "no rank for "),
+    "no number": (lambda n: {n[0]: None}, {}, "None must be a whole number from 0"),
     "more than d": (lambda n: {n[0]: 999}, {}, "999 must be a whole number from 0 to"),
     "another budget": (lambda n: {n[0]: 3}, {}, "25 components in all, but the budget is"),
     "one rank everywhere": (lambda n: {}, {"permute_map": 1}, "no two matrices of one shape"),
@@ -125,7 +126,9 @@ def test_a_map_that_does_not_fit_is_refused_before_the_first_run_of_a_grid(
     started = pretend(monkeypatch)
     wrong, given, message = MISFITS[kind]
     names = tiny_matrices()
-    Path("map.json").write_text(json.dumps(dict.fromkeys(names, 2) | wrong(names)))
+    ranks = dict.fromkeys(names, 2) | wrong(names)
+    ranks = {name: rank for name, rank in ranks.items() if rank != "out"}
+    Path("map.json").write_text(json.dumps(ranks))
     parameters = {"data_dir": "generated", "method": "lora"}
     cases = [{"target_r": 3}, {"rank_map": "map.json", **given}]
     write_grid(notebook=None, parameters=parameters, cases=cases)

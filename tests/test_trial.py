@@ -19,6 +19,7 @@ ARMS = {
     "lora r=2": ("", dict(method="lora", lora_alpha=16.0), [300, 302, 301]),
     "lora r=6": ("", dict(method="lora", target_r=6), [340, 341, 342]),
     "frobenius_share": ("", dict(method="drlora", score="frobenius_share"), [301, 301, 301]),
+    "uniform": ("", dict(method="drlora", score="frobenius_share", uniform=True), [290, 291, 292]),
     "random": ("", dict(method="drlora", score="random"), [260, 262, 261]),
     "given map": ("_maps", dict(method="lora", lora_alpha=16.0, rank_map="a"), [320, 321, 322]),
     "permuted map": ("_maps", dict(method="lora", lora_alpha=16.0, rank_map="a", permute_map=1),
@@ -34,7 +35,8 @@ def write(folder: Path, seed: int, right: int, **given) -> None:
     parameters = dict(task="sst2", seed=seed, init_r=6, target_r=2, lora_alpha=48.0,
                       learning_rate=1e-3, batch_size=16, train_size=8000, holdout=N)  # fmt: skip
     parameters |= given
-    ranks = np.random.default_rng(seed).permutation([0, 1, 3, 4] * 9)
+    ranks = [2] * 36 if given.get("uniform") else [0, 1, 3, 4] * 9
+    ranks = np.random.default_rng(seed).permutation(ranks)
     modules = [f"encoder.layer.{i}.{name}" for i in range(6) for name in MATRICES]
     kept = {f"{split}_{what}": values for split in ("validation", "holdout")
             for what, values in (("predictions", answers), ("labels", labels))}  # fmt: skip
@@ -48,6 +50,7 @@ def write(folder: Path, seed: int, right: int, **given) -> None:
         "parameters": parameters, "rank_pattern": dict(zip(modules, ranks.tolist(), strict=True)),
         "holdout": {"metric": score, "size": N}, "predictions": kept, "model": {"sha256": "m"},
         "trainable_parameters": {"adapter": 36, "head": 2},
+        "data": {"also_in_train": {"holdout": 7}},
         "surviving_components": 36 * parameters["target_r"], "loss_curve": [1 - score] * 100,
     }  # fmt: skip
     (folder / "record.json").write_text(json.dumps(record))
@@ -79,6 +82,7 @@ def answers(printed: str, question: str) -> list[str]:
         ("is there anything to win?", "yes: +10.00 points ["),
         ("does the method help?", "not seen: +0.00 points [-"),
         ("does its score know more than chance?", "yes: +10.00 points ["),
+        ("does it help that matrices differ?", "yes: +2.50 points ["),
         ("does the map help without the path?", "yes: +5.00 points ["),
         ("does it matter where the rank is?", "the opposite: -7.50 points ["),
     ],
@@ -95,7 +99,7 @@ def test_a_question_is_answered_in_training_loss_too(printed):
 def test_the_questions_without_records_are_listed_with_the_command_that_makes_them(printed):
     _, _, rest = printed.partition("not run yet: make trial TRIAL=sst2:\n")
     left = ["  ... than chance that keeps its choice?", "  is the score of the answers better?",
-            "  does it help that matrices differ?", "  does it take a schedule?",
+            "  does it take a schedule?", "  does it take training after the cut?",
             "  does the path help, the map given?"]  # fmt: skip
     assert rest.splitlines()[:5] == left and "?" not in rest.splitlines()[5]
 

@@ -40,7 +40,7 @@ from drlora_ref.experiments.run.rank_maps import RankMap, find_rank_map, sha256_
 from drlora_ref.experiments.run.settings import PLACES, Settings, run_key
 from drlora_ref.experiments.sources.models import ModelSource, resolve_model
 from drlora_ref.experiments.tasks.data import check_sizes
-from drlora_ref.experiments.tasks.families import FAMILIES
+from drlora_ref.experiments.tasks.families import FAMILIES, Family
 
 KINDS = {
     "notebook": str,
@@ -225,11 +225,12 @@ def plan(grid: Grid, out: Path) -> list[PlannedRun]:
         fingerprint, rows = data[one.task, one.data_dir]
         model = models[one.model_name]
         rank_map = find_rank_map(one, model.sha256)
-        fits(label, one, model, rank_map)
         key = run_key(one, fingerprint, model.sha256, sha256_of(rank_map))
         if key in runs:
             raise ValueError(f"{runs[key].label} and {label} are the same run")
         folder = there.get(key, out / f"{label}-{key}")  # labels may change
+        if not (folder / "record.json").exists():
+            fits(label, one, model, rank_map)
         given = {k: v for k, v in asdict(one).items() if k in taken and k not in PLACES}
         work = processes.WorkItem(notebook, folder, given)
         steps = _steps(label, one, rows)
@@ -243,10 +244,10 @@ def plan(grid: Grid, out: Path) -> list[PlannedRun]:
 
 
 class _MapsFit:
-    """Whether rank maps fit their models, each of which is loaded once, and none without a map."""
+    """Whether rank maps fit their models: each is loaded once a family, and none without a map."""
 
     def __init__(self) -> None:
-        self.models: dict[tuple[str, str], nn.Module] = {}
+        self.models: dict[tuple[Family, str], nn.Module] = {}
 
     def __call__(
         self, label: str, settings: Settings, source: ModelSource, rank_map: RankMap | None
@@ -254,9 +255,10 @@ class _MapsFit:
         """Raise ValueError as lora_ranks does, naming the run."""
         if rank_map is None:
             return
-        at = settings.task, settings.model_name
+        family = FAMILIES[settings.task]  # its tasks differ in the head alone
+        at = family, settings.model_name
         if at not in self.models:
-            self.models[at], _ = FAMILIES[settings.task].load_model(source, settings.task)
+            self.models[at], _ = family.load_model(source, settings.task)
         given = settings.permute_map, settings.target_r, settings.lora_alpha
         try:
             lora_ranks(self.models[at], rank_map.ranks, *given)

@@ -120,9 +120,9 @@ def drlora(
 ) -> Prepared:
     """Dynamic-rank DoRA: init_r components in every matrix, an allocator that prunes, and DEM.
 
-    `penalty` names what takes DEM's place, under the same weight. With `uniform` each matrix is cut
-    to the same rank: the method without its distribution. Raises ValueError for a negative
-    dem_weight or an unknown penalty, and as inject_adapters and RankAllocator do.
+    `penalty` names what takes DEM's place, under the same weight. With `uniform` as many are
+    removed, evenly over all matrices: the method without its distribution. Raises ValueError for a
+    negative dem_weight or an unknown penalty, and as inject_adapters and RankAllocator do.
     """
     if dem_weight < 0:
         raise ValueError(f"dem_weight = {dem_weight}: must be 0 (no DEM) or more")

@@ -9,7 +9,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from drlora_ref.allocator import needs, seen_by_the_step, select_components, zero_pruned
+from drlora_ref.allocator import (
+    needs,
+    seen_by_the_step,
+    select_components,
+    spread_evenly,
+    zero_pruned,
+)
 from drlora_ref.experiments.replicas.model import ReplicatedLoRALinear
 from drlora_ref.importance import SCORES, ema_update
 from drlora_ref.layer import stack_by_shape
@@ -124,13 +130,15 @@ class ReplicaAllocator:
 
     def _prune(self, global_step: int, live: Tensor) -> list[bool]:
         layers = len(self.layers)
+        keep = [s.keep_count(global_step, layers * s.init_r) for s in self.schedules]
         sound = self.ema.isfinite().all(dim=1)
         padding = ~self.alive.transpose(0, 1).flatten(1)  # (R, N)
         ranked = self.ema.where(sound.unsqueeze(1), 0.0)  # the others' order does not matter
         ranked = ranked.masked_fill(padding, BELOW_EVERY_SCORE)
-        best = self._best(ranked, global_step, layers)
+        best = select_components(ranked, torch.tensor(keep))
         if self.uniform.any():
-            own = self._best(ranked.unflatten(1, (layers, -1)), global_step, 1).flatten(1)
+            even = spread_evenly(ranked.unflatten(1, (layers, -1)))
+            own = select_components(even, torch.tensor(keep))
             best = torch.where(self.uniform.unsqueeze(1), own, best)
         # LoRA's replicas and diverged ones: nothing changes, so their old mask is the new one.
         changes = (self.prunes & live & sound).unsqueeze(1)
@@ -138,12 +146,6 @@ class ReplicaAllocator:
             layer.component_mask.copy_(torch.where(changes, part, layer.component_mask))
         zero_pruned(self.layers)
         return (sound | ~self.prunes).tolist()  # LoRA has no scores
-
-    def _best(self, ranked: Tensor, global_step: int, layers: int) -> Tensor:
-        """Mask of what each replica keeps of so many layers, that are ranked together."""
-        keep = [s.keep_count(global_step, layers * s.init_r) for s in self.schedules]
-        each = torch.tensor(keep).view(-1, *[1] * (ranked.dim() - 2))
-        return select_components(ranked, each.expand(ranked.shape[:-1]))
 
     def ranks(self) -> Tensor:
         """Surviving components of every layer: (layers, R)."""

@@ -14,7 +14,7 @@ from drlora_ref.experiments.given import place
 from drlora_ref.experiments.methods import METHODS
 from drlora_ref.experiments.results.paper import budget_name, table
 from drlora_ref.experiments.run.records import read_record
-from drlora_ref.experiments.run.settings import NOT_IN_KEY, Settings, steps_of
+from drlora_ref.experiments.run.settings import NEWER, NOT_IN_KEY, Settings, steps_of
 from drlora_ref.schedule import BudgetSchedule
 
 NEEDED = ("task", "method", "status", "best", "evaluations", "steps", "total_steps")
@@ -65,6 +65,8 @@ def _row(path: Path, each_at_its_best: bool) -> dict:
     if record.get("replicas", 1) > 1:  # then these are of all replicas together
         record |= dict.fromkeys(("seconds", "peak_memory_mib"))
     parameters = {"seed": record.get("seed"), **record.get("parameters", {})}
+    # A run from before a parameter had a name ran at its default, as its key says too.
+    parameters |= {name: getattr(Settings, name) for name in NEWER if name not in parameters}
     if missing := [name for name in NEEDED if name not in record | parameters]:
         raise ValueError(f"{path} is not the record of a run: it lacks {', '.join(missing)}")
     parameters["importance_score"] = parameters.pop("score", None)
@@ -113,6 +115,8 @@ def arm_name(parameters: dict) -> str:
     'drlora r=6→2 beta=0.999'
     >>> arm_name({"method": "drlora", "init_r": 3, "target_r": 2, "penalty": "l2"})
     'drlora r=3→2 l2'
+    >>> arm_name({"method": "drlora", "init_r": 6, "target_r": 2, "uniform": True})
+    'drlora r=6→2 uniform'
     """
     method = parameters["method"]
     words, known = [method], METHODS.get(method)

@@ -55,7 +55,8 @@ def find_rank_map(settings: Settings, model_sha256: str) -> RankMap | None:
     if _is_folder_of_runs(path):
         donors = _donors(path)
         for donor, record in donors.values():  # not only the one that is taken
-            _check_model(donor, record, model_sha256)
+            if not _diverged(record):
+                _check_model(donor, record, model_sha256)
         return _of_record(*donors[_next(settings.seed, donors, path)], model_sha256)
     if path.is_dir():
         path = path / "record.json"
@@ -72,7 +73,7 @@ def shared_donors(rank_map: str, seeds: Iterable[int]) -> dict[int, list[int]]:
 
     Runs that share a map say less than as many runs with a map each. {} where `rank_map` offers no
     choice: "", one record, one file, a folder of one run. Raises ValueError as find_rank_map does
-    for a folder.
+    for the seeds of a folder.
     """
     path = place(rank_map)
     donors = _donors(path) if rank_map and _is_folder_of_runs(path) else {}

@@ -112,6 +112,11 @@ class Settings:
             raise ValueError(
                 f"film_events = {self.film_events}: only drlora has scores, not {self.method}"
             )
+        if self.film_events and self.uniform:
+            raise ValueError(
+                f"film_events = {self.film_events}: a film shows one queue of all components, and "
+                "uniform pruning goes by each matrix's own"
+            )
         if self.uniform and "uniform" not in METHODS[self.method].own:
             raise ValueError(f"uniform = True: only drlora takes it, not {self.method}")
         if self.permute_map and not self.rank_map:
