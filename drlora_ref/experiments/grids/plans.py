@@ -236,10 +236,10 @@ def plan(grid: Grid, out: Path) -> list[PlannedRun]:
         steps = _steps(label, one, rows)
         shared = (steps, *shared_settings(one).items()) if can_be_replica(one) else None
         runs[key] = PlannedRun(label, key, steps, work, shared, model)
-    for rank_map in sorted({one.rank_map for one in settings}):
-        seeds = [one.seed for one in settings if one.rank_map == rank_map]
-        for donor, theirs in shared_donors(rank_map, seeds).items():
-            print(f"rank_map {rank_map}: the runs of seeds {theirs} share the map of seed {donor}")
+    for maps in sorted({one.rank_map for one in settings}):
+        seeds = [one.seed for one in settings if one.rank_map == maps]
+        for donor, theirs in shared_donors(maps, seeds).items():
+            print(f"rank_map {maps}: the runs of seeds {theirs} share the map of seed {donor}")
     return list(runs.values())
 
 
