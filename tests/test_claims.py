@@ -176,6 +176,12 @@ def more_than_chance() -> bool:
     return by_chance == (0.4, 1.1) and steady.ci_low < 0 < steady.ci_high and in_loss
 
 
+def one_cut() -> bool:
+    both = trial()[trial().arm.isin([PAPER, CUT])]
+    same = both.batch_size.nunique() == both.total_steps.nunique() == 1
+    return same and trial_interval(PAPER, CUT) == (-1.9, -1.2)
+
+
 def the_amount() -> bool:
     arms = "lora r=6", "lora r=2"
     both = trial()[trial().arm.isin(arms)]
@@ -218,6 +224,7 @@ def one_map() -> bool:
         agree.permuted[ANSWERS], abs(agree.permuted[PAPER])) == (0.20, 0.0)  # fmt: skip
 
 
+CUT = "prune-once r=6→2"
 CHANCE = "drlora r=6→2 random"
 TUNER = "contrib/peft/README.md"
 BOTH = ("README.md", "notebooks/18_where_should_the_rank_go.ipynb")
@@ -227,6 +234,8 @@ IN_POINTS = {
     (PAPER, CHANCE): BOTH,
     (PAPER, STEADY): BOTH,
     ("lora r=6", "lora r=2"): BOTH,
+    (CUT, "lora r=6"): BOTH,
+    (PAPER, CUT): BOTH,
     (GIVEN, PERMUTED): BOTH,
     (ANSWERS, GIVEN): BOTH,
     (ANSWERS, "lora r=2"): BOTH[1:],
@@ -236,6 +245,7 @@ IN_POINTS = {
 IN_LOSS = {
     (PAPER, "lora r=2"): BOTH,
     (PAPER, STEADY): BOTH,
+    (PAPER, CUT): BOTH[1:],
     ("lora r=6", "lora r=2"): BOTH[1:],
     (GIVEN, PERMUTED): BOTH[1:],
     (GIVEN, "lora r=2"): BOTH[1:],
@@ -254,6 +264,7 @@ CHECKS = {
     "chance": chance,
     "other penalties": other_penalties,
     "tuned LoRA": tuned_lora,
+    "one cut": one_cut,
     "more than chance": more_than_chance,
     "the amount": the_amount,
     "the place": the_place,
