@@ -263,7 +263,8 @@ def test_where_the_eager_step_waits(kind, waiting):
 
 
 CPU = torch.device("cpu")
-EVENT = "allocator.select_components"  # asks whether all scores are finite
+# They ask whether all scores are finite, and whether so many components can be kept.
+EVENT = ["allocator._check_finite", "allocator.select_components"]
 
 
 def test_where_the_eager_allocator_waits():
@@ -272,7 +273,7 @@ def test_where_the_eager_allocator_waits():
     for step in range(1, SCHEDULE.total_steps + 1):
         engine.optimizer_step(step, [([0, 1, 2, 3],)])
         found = waits(lambda step=step: engine.allocate(step, [True]))
-        assert found == ([EVENT] if SCHEDULE.prunes_at(step) else []), step
+        assert found == (EVENT if SCHEDULE.prunes_at(step) else []), step
 
 
 @pytest.mark.parametrize("capture", [False, True])
@@ -287,7 +288,7 @@ def test_where_replicas_wait(capture):
         # The widths of rows, which are on the CPU everywhere.
         assert found == ["rows.__getitem__"] + ([] if capture else [MASK])
         found = waits(lambda step=step: engine.allocate(step, [True] * 4))
-        assert found == ([EVENT, "step._prune"] if SCHEDULE.prunes_at(step) else []), step
+        assert found == ([*EVENT, "step._prune"] if SCHEDULE.prunes_at(step) else []), step
 
 
 def test_where_the_page_long_loop_waits():
@@ -303,7 +304,7 @@ def test_where_the_page_long_loop_waits():
     )  # fmt: skip
     at_the_end = {"allocator.rank_pattern", "allocator.<listcomp>", "layer.rank"}
     on_the_cpu = {"train.grouped_batches"}  # the order of the rows
-    places = {MASK, EVENT, "train.train", "train.first_non_finite"}
+    places = {MASK, *EVENT, "train.train", "train.first_non_finite"}
     assert set(found) - at_the_end - on_the_cpu == places
 
 
