@@ -129,10 +129,14 @@ def trial() -> pd.DataFrame:
     return summaries.load(*parts)
 
 
+def runs_of(*arms: str) -> pd.DataFrame:
+    """The trial's runs of these arms."""
+    return trial()[trial().arm.isin(arms)]
+
+
 def trial_difference(arm: str, against: str) -> Any:
     """How far an arm of the trial is above another: eight seeds, 5,000 held-out rows."""
-    both = trial()[trial().arm.isin([arm, against])]
-    (found,) = examples.paired_by_example(both, against).itertuples()
+    (found,) = examples.paired_by_example(runs_of(arm, against), against).itertuples()
     assert (found.n, found.examples) == (8, 5000)
     return found
 
@@ -158,7 +162,7 @@ def in_words(found: Any, scale: float, digits: int) -> list[str]:
 
 def loss_difference(arm: str, against: str) -> Any:
     """How far an arm's training loss is above another's: eight seeds."""
-    both = trial()[trial().arm.isin([arm, against])]
+    both = runs_of(arm, against)
     by_arm = both.assign(method=both.arm)
     (found,) = summaries.paired_difference(by_arm, against, "task", "final_loss").itertuples()
     assert found.n == 8
@@ -177,16 +181,17 @@ def more_than_chance() -> bool:
 
 
 def one_cut() -> bool:
-    both = trial()[trial().arm.isin([PAPER, CUT])]
+    both = runs_of(PAPER, CUT)
     same = both.batch_size.nunique() == both.total_steps.nunique() == 1
+    larger = runs_of(CUT).adapter_parameters.mean() / runs_of(PAPER).adapter_parameters.mean()
+    same = same and round(larger, 2) == 1.16
     return same and trial_interval(PAPER, CUT) == (-1.9, -1.2)
 
 
 def the_amount() -> bool:
     arms = "lora r=6", "lora r=2"
-    both = trial()[trial().arm.isin(arms)]
-    (dev,) = examples.paired_by_example(both, arms[1], split="validation").itertuples()
-    steps = [set(both[both.arm == arm].total_steps) for arm in arms]
+    (dev,) = examples.paired_by_example(runs_of(*arms), arms[1], split="validation").itertuples()
+    steps = [set(runs_of(arm).total_steps) for arm in arms]
     return (
         trial_interval(*arms) == (0.5, 1.1)
         and dev.ci_low < 0 < dev.ci_high
@@ -206,7 +211,7 @@ def the_path() -> bool:
 def shares_of_rank(arm: str) -> dict[str, float]:
     """How much of all rank these kinds of matrices have, over the maps of an arm."""
     found = {"Wq, Wk, Wf1": 0.0, "Wo, Wf2": 0.0}
-    folders = trial()[trial().arm == arm].folder
+    folders = runs_of(arm).folder
     for folder in folders:
         ranks = figure_2.encoder_ranks(records.read_record(folder)["rank_pattern"])
         for kinds in found:
@@ -216,7 +221,7 @@ def shares_of_rank(arm: str) -> dict[str, float]:
 
 
 def one_map() -> bool:
-    found = rank_maps.map_agreement(trial()[trial().arm.isin([PAPER, ANSWERS])], "arm", 200)
+    found = rank_maps.map_agreement(runs_of(PAPER, ANSWERS), "arm", 200)
     agree = found.set_index("arm")[["n", "spearman", "permuted"]].round(2)
     assert (agree.n == 8).all()
     assert shares_of_rank(ANSWERS) == {"Wq, Wk, Wf1": 0.82, "Wo, Wf2": 0.05}

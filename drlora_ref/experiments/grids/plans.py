@@ -219,7 +219,7 @@ def plan(grid: Grid, out: Path) -> list[PlannedRun]:
     names = sorted({one.model_name for one in settings})
     models = {name: resolve_model(name) for name in names}
     there = {path.name.rsplit("-", 1)[-1]: path for path in sorted(out.glob("*-*"))}
-    fits = _MapsFit()
+    loaded: dict[tuple[Family, str], nn.Module] = {}  # for rank maps alone
     runs: dict[str, PlannedRun] = {}
     for (label, _), one in zip(sets, settings, strict=True):
         fingerprint, rows = data[one.task, one.data_dir]
@@ -229,8 +229,8 @@ def plan(grid: Grid, out: Path) -> list[PlannedRun]:
         if key in runs:
             raise ValueError(f"{runs[key].label} and {label} are the same run")
         folder = there.get(key, out / f"{label}-{key}")  # labels may change
-        if not (folder / "record.json").exists():
-            fits(label, one, model, rank_map)
+        if rank_map and not (folder / "record.json").exists():
+            _check_map(label, one, model, rank_map, loaded)
         given = {k: v for k, v in asdict(one).items() if k in taken and k not in PLACES}
         work = processes.WorkItem(notebook, folder, given)
         steps = _steps(label, one, rows)
@@ -243,27 +243,26 @@ def plan(grid: Grid, out: Path) -> list[PlannedRun]:
     return list(runs.values())
 
 
-class _MapsFit:
-    """Whether rank maps fit their models: each is loaded once a family, and none without a map."""
+def _check_map(
+    label: str,
+    settings: Settings,
+    source: ModelSource,
+    rank_map: RankMap,
+    loaded: dict[tuple[Family, str], nn.Module],
+) -> None:
+    """Raise ValueError, naming the run, unless the map fits the model, as lora_ranks does.
 
-    def __init__(self) -> None:
-        self.models: dict[tuple[Family, str], nn.Module] = {}
-
-    def __call__(
-        self, label: str, settings: Settings, source: ModelSource, rank_map: RankMap | None
-    ) -> None:
-        """Raise ValueError as lora_ranks does, naming the run."""
-        if rank_map is None:
-            return
-        family = FAMILIES[settings.task]  # its tasks differ in the head alone
-        at = family, settings.model_name
-        if at not in self.models:
-            self.models[at], _ = family.load_model(source, settings.task)
-        given = settings.permute_map, settings.target_r, settings.lora_alpha
-        try:
-            lora_ranks(self.models[at], rank_map.ranks, *given)
-        except ValueError as error:
-            raise ValueError(f"{label}: {error}") from None
+    `loaded` keeps a model of each family and name: a family's tasks differ in the head alone.
+    """
+    family = FAMILIES[settings.task]
+    at = family, settings.model_name
+    if at not in loaded:
+        loaded[at], _ = family.load_model(source, settings.task)
+    given = settings.permute_map, settings.target_r, settings.lora_alpha
+    try:
+        lora_ranks(loaded[at], rank_map.ranks, *given)
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from None
 
 
 def _taken(notebook: Path | None, sets: list[Parameters]) -> set[str]:
