@@ -163,8 +163,9 @@ def in_words(found: Any, scale: float, digits: int) -> list[str]:
 def loss_difference(arm: str, against: str) -> Any:
     """How far an arm's training loss is above another's: eight seeds."""
     both = runs_of(arm, against)
-    by_arm = both.assign(method=both.arm)
-    (found,) = summaries.paired_difference(by_arm, against, "task", "final_loss").itertuples()
+    (found,) = summaries.paired_difference(
+        both, against, "task", "final_loss", arm="arm"
+    ).itertuples()
     assert found.n == 8
     return found
 

@@ -255,6 +255,17 @@ def test_a_cell_without_the_baseline_is_shown(frame):
         paired_difference(found, baseline="adalora")
 
 
+def test_two_arms_of_one_method_are_told_apart_by_their_arm(frame):
+    ranks = {2: 0.5, 8: 0.6}
+    runs = frame(*[record("drlora", s, ranks[r], target_r=r) for r in ranks for s in range(3)])
+    low, high = runs.arm.unique()
+    row = paired_difference(runs, low, "task", arm="arm").iloc[0]
+    assert (row.arm, row.baseline, row.n) == (high, low, 3)
+    assert row["mean"] == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="differ in target_r"):
+        paired_difference(runs, "drlora", "task")
+
+
 def test_methods_on_another_model_are_not_compared(frame):
     other = record("drlora")
     other["model"]["sha256"] = "other"

@@ -250,29 +250,30 @@ def paired_difference(
     baseline: str = "lora",
     by: str | Sequence[str] = ("task", "budget"),
     value: str = "score",
+    arm: str = "method",
 ) -> pd.DataFrame:
-    """How much each method is above `baseline`: one row a cell and method, as in `summarise`.
+    """How much each arm is above `baseline`: one row a cell and arm, as in `summarise`.
 
     Paired by seed: two runs of one seed share the order of the data (and the rows, where train_size
     draws some), so what it does to both cancels. n counts pairs; `unpaired` the runs of either
-    method that have no partner: with n = 0 that is all of them, and there is no mean.
+    arm that have no partner: with n = 0 that is all of them, and there is no mean.
     Raises ValueError as `summarise` does, for a cell with more than one model or set of data, and
     if there is no run of the baseline.
     """
     by = [by] if isinstance(by, str) else list(by)
-    check_cells(frame, [*by, "method"], value)
-    check_baseline(baseline, frame.method)
+    check_cells(frame, [*by, arm], value)
+    check_baseline(baseline, frame[arm])
     rows = []
     for key, cell in frame.groupby(by, dropna=False):
         check_same(cell, ", ".join(map(str, key)), SAME_INPUTS)
-        scores = {method: runs.set_index("seed")[value] for method, runs in cell.groupby("method")}
+        scores = {name: runs.set_index("seed")[value] for name, runs in cell.groupby(arm)}
         base = scores.pop(baseline, pd.Series(dtype=float))
-        for method, theirs in scores.items():
+        for name, theirs in scores.items():
             pairs = (theirs - base).dropna()
             unpaired = len(theirs) + len(base) - 2 * len(pairs)
-            cell_keys = {**dict(zip(by, key, strict=True)), "method": method, "baseline": baseline}
+            cell_keys = {**dict(zip(by, key, strict=True)), arm: name, "baseline": baseline}
             rows.append({**cell_keys, **_statistics(pairs), "unpaired": unpaired})
-    columns = [*by, "method", "baseline", *STATISTICS, "unpaired"]
+    columns = [*by, arm, "baseline", *STATISTICS, "unpaired"]
     return _of_models(pd.DataFrame(rows, columns=columns), frame)
 
 
