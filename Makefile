@@ -95,7 +95,9 @@ TRIAL := sst2 cola grammar
 trial: export OMP_NUM_THREADS = 1
 trial: $(READY)
 	for task in $(TRIAL); do \
-	  for part in _rates:_rates _length:_length _arms:_rates _answers:_answers : _maps:_maps; do \
+	  test -e notebooks/grids/trial_$$task.yaml || \
+	    { echo "TRIAL = $$task: there is no notebooks/grids/trial_$$task.yaml"; exit 1; }; \
+	  for part in _rates:_rates _length:_length _arms:_rates _answers:_answers : _layer: _maps:_maps; do \
 	    test -e notebooks/grids/trial_$$task$${part%%:*}.yaml || continue; \
 	    nice -n 19 $(BIN)/python -m drlora_ref.experiments grid \
 	      notebooks/grids/trial_$$task$${part%%:*}.yaml \

@@ -5,6 +5,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from numbers import Real
 from typing import Any
 
 import torch
@@ -77,14 +78,16 @@ def _places(scores: Tensor) -> Tensor:
 
 
 def check_scoring(score: str | Callable, beta: float) -> None:
-    """Raise ValueError for a score that has no such name, or a beta outside [0, 1).
+    """Raise ValueError for a score that is no name and no function, or a beta outside [0, 1).
 
     >>> check_scoring("frobenius_share", beta=0.9)
     """
     if isinstance(score, str) and score not in SCORES:
         raise ValueError(f"score = {score!r}: must be one of {', '.join(SCORES)}")
-    if not 0 <= beta < 1:
-        raise ValueError(f"beta = {beta}: must be at least 0 and less than 1")
+    if not isinstance(score, str) and not callable(score):
+        raise ValueError(f"score = {score!r}: must be a function or one of {', '.join(SCORES)}")
+    if not isinstance(beta, Real) or not 0 <= beta < 1:
+        raise ValueError(f"beta = {beta!r}: must be at least 0 and less than 1")
 
 
 def check_next_step(global_step: int, last_step: int) -> None:
@@ -148,6 +151,12 @@ def unreached(layers: dict[str, Any]) -> set[str]:
     return without if len(without) < len(layers) else set()
 
 
+def _listed(names: Sequence[str]) -> str:
+    """At most three names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
 def _kind(name: str) -> str:
     """The last word of a name: what the layer is, in whichever block. "h.0.q" -> "q"."""
     return next((part for part in reversed(name.split(".")) if not part.isdigit()), "")
@@ -185,7 +194,8 @@ class RankAllocator:
     is read. With `uniform` every layer keeps the same number of components, its own best: a control
     that prunes as much at every event and distributes nothing (see spread_evenly). Raises
     ValueError for a model without adapted layers or with another number of components than the
-    schedule starts from, for an unknown score, and for beta outside [0, 1).
+    schedule starts from, for an unknown score, for beta outside [0, 1), and for a `uniform` that is
+    neither True nor False.
 
     Read with care: once pruning has ended, zeros must be written again after every optimizer step.
     The gradient of a c at zero is not zero, and AdamW also remembers past gradients: either moves
@@ -216,6 +226,8 @@ class RankAllocator:
         if not self.layers:
             raise ValueError("the model has no DynamicLoRALinear: call inject_adapters first")
         check_scoring(score, beta)
+        if not isinstance(uniform, bool):
+            raise ValueError(f"uniform = {uniform!r}: must be True or False")
         self.sizes = [layer.lora_c.numel() for layer in self.layers.values()]
         for r in self.sizes:
             if r != schedule.init_r:
@@ -261,20 +273,20 @@ class RankAllocator:
         """Lines 7-9 of Algorithm 1, after optimizer step number global_step.
 
         Raises ValueError if steps are left out or repeated, since the last event would be missed;
-        and naming the layers that no gradient reaches: they would take a share of the budget.
+        and naming the layers that are frozen or that no gradient reaches: they would take a share
+        of the budget.
         Raises Diverged, before any mask has changed, if a score is NaN or infinite at a pruning
         step.
         """
         check_next_step(global_step, self.last_step)
         self._check_reached(global_step)
         self.last_step = global_step
+        if self.watch and self.watch.on and self.smooths and global_step > self.schedule.t_end:
+            self.watch.stop()  # of a state that was loaded: its last event was long ago
         if self.schedule.pruning_ended(global_step):
-            if self.watch and self.watch.on and self.smooths:
-                self.watch.stop()
             return zero_pruned(self.layers)
         if self.smooths:
-            scores = self.scores()
-            self.ema = ema_update(self.ema.to(scores), scores, self.beta)
+            self._smooth()
         if self.schedule.prunes_at(global_step):
             scores = self.ema
             if self.uniform:
@@ -282,6 +294,23 @@ class RankAllocator:
             keep = self.schedule.keep_count(global_step, len(scores))
             self._set_mask(select_components(scores, keep))
             zero_pruned(self.layers)
+        if self.watch and self.smooths and global_step == self.schedule.t_end:
+            self.watch.stop()
+
+    def _smooth(self) -> None:
+        """Eq. 8. A step whose gradients overflowed, which a GradScaler skips, counts for nothing.
+
+        That concerns scores of c_grad. Where c itself is not finite, the run has diverged: such
+        scores do count, so that the next event can say so.
+        """
+        scores = self.scores()
+        smoothed = ema_update(self.ema.to(scores), scores, self.beta)
+        if "c_grad" in self.needs:
+            cs = torch.stack([layer.lora_c for layer in self.layers.values()])
+            gradients = torch.stack(c_gradients(self.layers))
+            skipped = cs.isfinite().all() & ~gradients.isfinite().all()
+            smoothed = torch.where(skipped, self.ema.to(scores), smoothed)
+        self.ema = smoothed
 
     def _check_reached(self, step: int) -> None:
         """Refuse layers that no gradient reaches, before any component is taken away.
@@ -291,6 +320,12 @@ class RankAllocator:
         """
         if step > self.first_event:
             return
+        cs = {name: layer.lora_c for name, layer in self.layers.items()}
+        if frozen := [n for n, c in cs.items() if not c.requires_grad and c.grad is None]:
+            raise ValueError(
+                f"lora_c of {_listed(frozen)} is frozen (requires_grad is False): such components "
+                "keep their place in the budget for nothing. Train them, or leave the layers out"
+            )
         without = unreached(self.layers)
         self.waiting &= without
         reached = {_kind(name) for name in self.layers.keys() - without}
@@ -298,9 +333,8 @@ class RankAllocator:
         if step < self.first_event:
             passed_by = [n for n in passed_by if step == 1 and _kind(n) not in reached]
         if passed_by:
-            more = f" and {len(passed_by) - 3} more" if len(passed_by) > 3 else ""
             raise ValueError(
-                f"no gradient reaches {', '.join(passed_by[:3])}{more}: the model does not call "
+                f"no gradient reaches {_listed(passed_by)}: the model does not call "
                 "such a layer (a fused kernel may read its weight), and its components would take "
                 "a share of the budget for nothing. Leave it out of target_modules"
             )

@@ -141,6 +141,8 @@ def recover(
     check_whole(dim=dim, seed=seed)
     planted_ranks = check_ranks(planted_ranks, dim)
     penalise = penalty_function(penalty)
+    if not (events is None or isinstance(events, Events)):
+        raise ValueError(f"events = {events!r}: must be an Events(), or None")
     scales, factors, weights = of_each_map(planted_ranks, input_scales, strengths, loss_weights)
     lengths = scales * directions(dim, stretch)  # (maps, 1, dim)
     schedule = BudgetSchedule(init_r, target_r, total_steps)

@@ -406,21 +406,25 @@ def plot_schematic(dark: bool = False) -> plt.Figure:
 
 
 def plot_rank_heatmap(
-    rank_pattern: Mapping[str, float], axes: plt.Axes | None = None, title: str = ""
+    rank_pattern: Mapping[str, float],
+    axes: plt.Axes | None = None,
+    title: str = "",
+    largest: float | None = None,
 ) -> plt.Axes:
     """Surviving components by matrix (rows) and layer (columns), as the paper's Figure 2.
 
-    Of one map whole numbers, of a mean of maps all with one decimal.
+    Of one map whole numbers, of a mean of maps all with one decimal. `largest` is the rank at which
+    the scale of colours ends: by default that of the map.
     """
     places, rows, columns = _grid(list(rank_pattern))
     cells = dict(zip(places, rank_pattern.values(), strict=True))
     table = [[cells.get((row, column), float("nan")) for column in columns] for row in rows]
     axes = _axes(axes, figsize=(1.8 + 0.42 * len(columns), 1 + 0.36 * len(rows)))
-    image = axes.imshow(table, cmap="viridis", vmin=0, aspect="auto")
+    image = axes.imshow(table, cmap="viridis", vmin=0, vmax=largest, aspect="auto")
     form = ".1f" if any(value % 1 for value in cells.values()) else ".0f"
     for y, line in enumerate(table):
         for x, value in enumerate(line):
-            bright = value > 0.6 * max(max(cells.values()), 1)
+            bright = value > 0.6 * (largest or max(max(cells.values()), 1))
             axes.text(
                 x, y, f"{value:{form}}", ha="center", va="center", color="k" if bright else "w"
             )
@@ -435,11 +439,12 @@ def plot_rank_heatmaps(
     rank_patterns: Mapping[str, Mapping[str, float]],
     across: int = 2,
     size: tuple[float, float] = (6.8, 3.2),
+    largest: float | None = None,
 ) -> plt.Figure:
     """One plot_rank_heatmap for each title, `across` in a row: Figure 2 with its four budgets.
 
-    `size`: width and height of each, in inches. Each has its own scale of colours: budgets differ,
-    what is compared is the pattern.
+    `size`: width and height of each, in inches. Each has its own scale of colours (budgets differ,
+    what is compared is the pattern), unless `largest` gives one to all.
     """
     down = -(-len(rank_patterns) // across)
     figure, axes = plt.subplots(
@@ -452,7 +457,7 @@ def plot_rank_heatmaps(
     for ax in axes.flat[len(rank_patterns) :]:
         ax.set_axis_off()
     for ax, (title, pattern) in zip(axes.flat, rank_patterns.items(), strict=False):
-        plot_rank_heatmap(pattern, ax, title)
+        plot_rank_heatmap(pattern, ax, title, largest)
     return figure
 
 

@@ -133,14 +133,16 @@ def penalty_loss(
 
 
 def penalty_function(penalty: str | Callable) -> Callable[[Tensor, Tensor], Tensor]:
-    """The penalty of this name; a function is itself. Raises ValueError for an unknown name.
+    """The penalty of this name; a function is itself. Raises ValueError for anything else.
 
     >>> penalty_function("dem") is dem_penalty
     True
     """
-    if isinstance(penalty, str) and penalty not in PENALTIES:
+    if callable(penalty):
+        return penalty
+    if penalty not in PENALTIES:
         raise ValueError(f"penalty = {penalty!r}: must be one of {', '.join(PENALTIES)}")
-    return PENALTIES[penalty] if isinstance(penalty, str) else penalty
+    return PENALTIES[penalty]
 
 
 def dem_loss(model: nn.Module | dict[str, RankOneComponents]) -> Tensor:

@@ -114,12 +114,17 @@ def train(
     The record: status ("completed", or "diverged" or "collapsed", with `flagged_at` the step),
     evaluations, best (over evaluations after t_end only, for every method alike), best_ever, last,
     loss_curve, budget_curve [[step, components kept], ...], rank_pattern, surviving_components,
-    trainable_parameters, steps, seconds, evaluation_seconds.
+    trainable_parameters, steps, seconds, evaluation_seconds. Raises ValueError for an allocator
+    with another schedule.
 
     Read with care: a non-finite loss or gradient ends the run, at most 10 steps later, and scores
     that are not finite end it at the pruning event; the record says so. That a run diverges is a
     result: it must reach the table.
     """
+    if allocator and allocator.schedule != schedule:
+        raise ValueError(
+            f"the allocator has another schedule: {allocator.schedule}, not {schedule}"
+        )
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=weight_decay)
     T = schedule.total_steps

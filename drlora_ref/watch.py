@@ -4,13 +4,24 @@ import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from drlora_ref.layer import RankOneComponents, bare
+
+
+class Batch(NamedTuple):
+    """What a followed model is called with: masks, and for a decoder the encoder's output."""
+
+    attention_mask: Tensor | None = None
+    encoder_hidden_states: Tensor | None = None
+    encoder_attention_mask: Tensor | None = None
+
+
+NO_BATCH = Batch()
 
 
 class ZWatch:
@@ -23,10 +34,12 @@ class ZWatch:
     checkpointing runs again in the backward pass does not count again. Several processes have the
     same number: both sums are taken over all of them.
 
-    Padding is no row. A layer does not know it, so the watch reads the 2-D `attention_mask` that
-    the models it follows are called with, and leaves out the rows where it is 0, whatever their z.
-    That holds for inputs of its shape, (batch, length, d_in). A layer with an input of any other
-    shape counts all rows, and so does any layer if the mask is 4-D or there is none.
+    Padding is no row. A layer does not know it, so the watch reads the `attention_mask` that the
+    models it follows are called with, and leaves out the rows where it is 0, whatever their z. The
+    mask is (batch, length), or (batch, choices, length), which such models flatten; the inputs that
+    it is read for are (batch · choices, length, d_in) or one row after the other. A layer with an
+    input of any other shape counts all rows, and so does any layer if the mask is 4-D or there is
+    none. A mask holds for what is run inside the call that brought it, and for nothing after it.
 
     In an encoder-decoder model that mask is the encoder's. It is read for what the encoder's layers
     see, and for what a decoder's layer sees of the encoder's output. The decoder's own rows have a
@@ -37,7 +50,10 @@ class ZWatch:
 
     Read with care: a layer has one watch, the one that was made last. Under torch.distributed all
     processes must ask for the mean together, and train one model. A decoder is found as the models
-    of transformers name it; in any other model one mask holds for all inputs of its shape.
+    of transformers name it; in any other model one mask holds for all inputs of its shape. What is
+    run in training mode counts, with a gradient or without: evaluate in evaluation mode, or under
+    torch.inference_mode. Of a function that torch.compile has compiled as a whole, gradient
+    checkpointing around it cannot be told: compile layers, or checkpoint inside it.
 
     >>> from drlora_ref.layer import DynamicLoRALinear
     >>> layer = DynamicLoRALinear(nn.Linear(2, 2), r=2, lora_dropout=0.0)
@@ -68,10 +84,11 @@ class ZWatch:
 
     def stop(self) -> None:
         """Leave layers and models as if they had never been watched."""
-        self.on, self.mask, self.source_mask = False, None, None
-        self.source: Tensor | None = None  # the encoder's output, while a decoder reads it
-        self.reads_source = False  # whether that is what the layer now running sees
-        self.seen: dict[int, tuple[Tensor, bool]] = {}  # z and reads_source in this pass, by layer
+        self.on = False
+        self.batch = NO_BATCH  # what the followed model now running was called with
+        self.outer: list[Batch] = []  # the same of those that have called it
+        self.reads_source = False  # whether the layer now running sees the encoder's output
+        self.seen: dict[int, tuple[Tensor, Tensor | None]] = {}  # z and mask, by layer, this pass
         self.sums: tuple[Tensor, Tensor] | None = None  # of z², and of rows
         for layer, eye in zip(self.layers, self.eyes, strict=True):
             if layer.watch is eye:  # not that of a later watch
@@ -83,31 +100,30 @@ class ZWatch:
     def follow(self, model: nn.Module) -> None:
         """Leave out the padding of the batches that this model is called with."""
         self.models.append(model)
-        self._read_masks(model)
+        if self.on:
+            self._read_masks(model)
 
     def _read_masks(self, model: nn.Module) -> None:
         decoder = decoder_of(model)
         for part in (model, decoder) if decoder else (model,):
-            self.handles.append(part.register_forward_pre_hook(self._new_batch, with_kwargs=True))
-            self.handles.append(part.register_forward_hook(self._forget_source))
+            self.handles.append(part.register_forward_pre_hook(self._begin, with_kwargs=True))
+            self.handles.append(part.register_forward_hook(self._end, always_call=True))
         for layer in self.layers if decoder else ():
             self.handles.append(layer.register_forward_pre_hook(self._new_input))
 
-    def _new_batch(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._add_up()
+    def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if args:
-            names = inspect.signature(model.forward).parameters
+            names = inspect.signature(bare(model).forward).parameters
             kwargs = dict(zip(names, args, strict=False)) | kwargs
-        self.mask = kwargs.get("attention_mask")
-        # A decoder is called with these two.
-        self.source = kwargs.get("encoder_hidden_states")
-        self.source_mask = kwargs.get("encoder_attention_mask")
+        self.outer.append(self.batch)
+        self.batch = Batch(*map(kwargs.get, Batch._fields))
 
-    def _forget_source(self, *_: Any) -> None:
-        self.source, self.reads_source = None, False
+    def _end(self, *_: Any) -> None:
+        self.batch = self.outer.pop() if self.outer else NO_BATCH
+        self.reads_source = False
 
     def _new_input(self, layer: nn.Module, args: tuple) -> None:
-        self.reads_source = any(x is self.source for x in args)
+        self.reads_source = any(x is self.batch.encoder_hidden_states for x in args)
 
     @contextmanager
     def leave_out(self) -> Iterator[None]:
@@ -121,11 +137,13 @@ class ZWatch:
             self.counting = True
 
     def _see(self, i: int, z: Tensor) -> None:
-        if runs_again():
+        if runs_again() or torch.is_inference_mode_enabled():
             return
         if i in self.seen:  # the next pass has begun
             self._add_up()
-        self.seen[i] = z.detach(), self.reads_source
+        batch = self.batch
+        mask = batch.encoder_attention_mask if self.reads_source else batch.attention_mask
+        self.seen[i] = z.detach(), mask
 
     @torch.no_grad()
     def _add_up(self) -> None:
@@ -136,13 +154,15 @@ class ZWatch:
             c = torch.stack([layer.lora_c for layer in self.layers])  # (layers, ..., r)
             self.sums = torch.zeros_like(c), torch.zeros_like(c[..., 0])
         squares, rows = self.sums
-        by_shape: dict[tuple[torch.Size, bool], list[int]] = {}
-        for i, (z, of_source) in self.seen.items():
-            by_shape.setdefault((z.shape, of_source), []).append(i)
-        for (_, of_source), members in by_shape.items():
+        groups: dict[tuple[torch.Size, int], list[int]] = {}
+        for i, (z, mask) in self.seen.items():
+            groups.setdefault((z.shape, id(mask)), []).append(i)
+        for members in groups.values():
             z = torch.stack([self.seen[i][0] for i in members]).to(squares.dtype)
-            counts = self._counts(z[0], of_source).reshape(*rows.shape[1:], -1, 1)  # (..., rows, 1)
-            z = z.reshape(len(z), *counts.shape[:-1], -1)  # (layers, ..., rows, r)
+            mask = self.seen[members[0]][1] if self.counting else None
+            each = z[0].numel() // squares[0].numel()  # rows of one replica, or of the one model
+            counts = self._counts(z[0], mask).reshape(*rows.shape[1:], each, 1)
+            z = z.reshape(len(z), *rows.shape[1:], each, squares.shape[-1])
             # Not a product: 0 times an infinite z² would be NaN.
             more = list(torch.where(counts, z.square(), 0.0).sum(dim=-2))
             torch._foreach_add_([squares[i] for i in members], more)
@@ -150,12 +170,14 @@ class ZWatch:
             torch._foreach_add_([rows[i] for i in members], more)
         self.seen = {}
 
-    def _counts(self, z: Tensor, of_source: bool) -> Tensor:
+    def _counts(self, z: Tensor, mask: Tensor | None) -> Tensor:
         """True for each row of z (*places, r) that counts, False for padding: (*places)."""
-        mask = self.source_mask if of_source else self.mask
-        if self.counting and mask is not None and mask.shape == z.shape[:-1]:
-            return mask.to(z.device, torch.bool)
-        return torch.full_like(z[..., 0], self.counting, dtype=torch.bool)
+        places = z.shape[:-1]
+        if mask is not None and mask.dim() in (2, 3):
+            by_row = mask.flatten(0, -2)  # (batch · choices, length)
+            if places in (by_row.shape, mask.flatten().shape):
+                return by_row.reshape(places).to(z.device, torch.bool)
+        return torch.full(places, self.counting, dtype=torch.bool, device=z.device)
 
     @torch.no_grad()
     def mean(self) -> tuple[Tensor, ...]:

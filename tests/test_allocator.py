@@ -228,7 +228,11 @@ def test_a_state_of_another_configuration_is_refused(given, message):
     "given, message",
     [
         (dict(score="frobenius"), "score = 'frobenius': must be one of frobenius_share, "),
+        (dict(score=None), "score = None: must be a function or one of frobenius_share, "),
         (dict(beta=1.0), "beta = 1.0"),
+        (dict(beta=float("nan")), "beta = nan"),
+        (dict(beta="x"), "beta = 'x'"),
+        (dict(uniform="no"), "uniform = 'no': must be True or False"),
         (dict(schedule=BudgetSchedule(4, 2, 40)), "init_r = 4, but the layers have r = 3"),
         (dict(model=nn.Linear(2, 2)), "call inject_adapters first"),
     ],
@@ -386,3 +390,45 @@ def test_a_loop_without_gradients_is_not_asked_for_them():
     for step in range(1, 41):
         allocator.step(step)
     assert sum(allocator.rank_pattern().values()) == 6
+
+
+@pytest.mark.parametrize("frozen", ["all", "one"])
+@pytest.mark.parametrize("score", ["frobenius_share", "output_norm", "loss_sensitivity"])
+def test_frozen_components_are_refused_at_the_first_step(frozen, score):
+    model = layers_of_two_shapes()
+    allocator = RankAllocator(model, SCHEDULE, score=score)
+    _, one_step, _ = training(model)
+    layers = dynamic_layers(model)
+    first = next(iter(layers))
+    for layer in layers.values() if frozen == "all" else [layers[first]]:
+        layer.lora_c.requires_grad_(False)
+    one_step()
+    with pytest.raises(ValueError, match=rf"lora_c of {first}.* is frozen"):
+        allocator.step(1)
+
+
+def test_a_step_that_a_grad_scaler_skips_counts_for_nothing():
+    model = layers_of_two_shapes()
+    allocator = RankAllocator(model, SCHEDULE, score="loss_sensitivity")
+    _, one_step, _ = training(model)
+    cs = [layer.lora_c for layer in dynamic_layers(model).values()]
+    for step in range(1, 21):
+        before = allocator.ema.clone()
+        one_step()
+        if step in (3, 6, 7):  # 6 is an event
+            cs[0].grad[1] = float("inf")
+        allocator.step(step)
+        assert torch.equal(allocator.ema, before) == (step in (3, 6, 7))
+    assert allocator.mask.sum() == SCHEDULE.target_r * len(cs)
+
+
+def test_gradients_of_a_run_that_has_diverged_do_count():
+    model = layers_of_two_shapes()
+    allocator = RankAllocator(model, SCHEDULE, score="loss_sensitivity")
+    _, one_step, _ = training(model)
+    cs = [layer.lora_c for layer in dynamic_layers(model).values()]
+    with pytest.raises(Diverged):
+        for step in range(1, 7):
+            one_step()
+            cs[0].grad[1] = cs[0].data[1] = float("nan")
+            allocator.step(step)

@@ -27,7 +27,7 @@ from drlora_ref.experiments.results.power import (
 )
 from drlora_ref.experiments.results.rank_maps import map_agreement, mean_spearman, same_shape
 from drlora_ref.experiments.results.report import show
-from drlora_ref.experiments.results.summaries import load, paired_difference, summarise
+from drlora_ref.experiments.results.summaries import choose, load, paired_difference, summarise
 from drlora_ref.experiments.run.records import write_predictions
 from drlora_ref.experiments.tasks import glue
 from drlora_ref.inject import default_target_modules, find_targets
@@ -540,7 +540,7 @@ def test_each_run_may_have_a_permutation_of_its_own_and_no_map_as_it_is_among_th
 
 def test_a_row_names_its_arm_its_final_loss_and_its_score_on_the_rows_held_out(frame):
     runs = [
-        record("drlora", 0, init_r=6, score="abs_c"),
+        record("drlora", 0, init_r=6),
         record("prune-once", 0, init_r=6, tfinal=0.0),
         record("lora", 1, rank_map="maps", permute_map=0),
         record("lora", 2, rank_map="maps", permute_map=4),
@@ -565,3 +565,52 @@ def test_a_row_names_its_arm_its_final_loss_and_its_score_on_the_rows_held_out(f
 def test_older_records_have_neither(frame):
     row = frame(record()).iloc[0]
     assert math.isnan(row.final_loss) and math.isnan(row.holdout_score)
+
+
+@pytest.mark.parametrize("name", ["metric_name", "scoring", "holdout"])
+def test_arms_that_were_measured_otherwise_are_not_compared(frame, name):
+    other = {"scoring": "authors"} if name == "scoring" else {}
+    other |= {"holdout": 2000} if name == "holdout" else {}
+    runs = [record("lora", 0), record("drlora", 0, **other)]
+    for run in runs:
+        run["holdout"] = {"size": 5, "metric": 0.25, "collapsed": False}
+    if name == "metric_name":
+        runs[1]["metric_name"] = "accuracy"
+    with pytest.raises(ValueError, match=f"differ in {name}"):
+        paired_difference(frame(*runs), value="holdout_score" if name == "holdout" else "score")
+
+
+def test_of_a_loss_the_lowest_is_the_best(frame):
+    runs = [record("lora", 0, learning_rate=1e-3), record("lora", 0, learning_rate=1e-2)]
+    runs += [record("drlora", 0, learning_rate=1e-3)]
+    for run, loss in zip(runs, (0.1, 0.9, 0.5), strict=True):
+        run["loss_curve"] = [loss] * 100
+    found = frame(*runs)
+    assert choose(found, value="final_loss")["cola", "lora"] == 1e-3
+    one_rate = found[found.learning_rate == 1e-3]
+    losses = mean_ranks(summarise(one_rate, ("task", "method"), value="final_loss"))
+    assert losses.set_index("method").mean_rank.to_dict() == {"lora": 1.0, "drlora": 2.0}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"evaluations": None},
+        {"data": None},
+        {"parameters": []},
+        {"total_steps": "100"},
+        {"best": "high"},
+        {"trainable_parameters": 7},
+    ],
+)
+def test_a_record_with_something_of_another_kind_is_named(frame, change):
+    with pytest.raises(ValueError, match=r"run0.record\.json is not the record of a run"):
+        frame(record() | change)
+
+
+def test_maps_that_somebody_wrote_are_told_apart_by_what_is_in_them(frame):
+    runs = [record("lora", seed, rank_map="map.yaml", permute_map=0) for seed in (0, 1)]
+    for run, sha256 in zip(runs, ("aaaa", "bbbb"), strict=True):
+        run["rank_map"] = {"source": "file map.yaml", "sha256": sha256}
+    with pytest.raises(ValueError, match="differ in rank_map_file: aaaa and bbbb"):
+        summarise(frame(*runs))

@@ -261,6 +261,21 @@ def test_one_record_that_does_not_belong_in_a_folder_is_refused_for_every_seed(
             source_for(tmp_path, folder, seed)
 
 
+def test_a_folder_with_a_run_that_has_not_ended_is_refused(tmp_path):
+    """With its map the others would get other maps, and other keys."""
+    folder = donor_folder(tmp_path / "found", {f"s{seed}": {"seed": seed} for seed in range(2)})
+    (folder / "s2").mkdir()
+    (folder / "s2" / "checkpoint.pt").write_bytes(b"begun")
+    with pytest.raises(ValueError, match=r"rank_map: .*s2 has not ended"):
+        source_for(tmp_path, folder, 0)
+
+
+def test_a_record_that_does_not_name_its_seed_is_no_donor(tmp_path):
+    folder = donor_folder(tmp_path / "found", {"a": {}, "b": {"seed": 2}})
+    with pytest.raises(ValueError, match=r"a.record\.json: seed = None must be a whole number"):
+        source_for(tmp_path, folder, 0)
+
+
 def source_for(folder, rank_map, seed: int) -> str:
     ready = one_run.set_up(lora_run(folder / "run", seed=seed, rank_map=str(rank_map)))
     return ready.rank_map.source

@@ -191,7 +191,17 @@ def test_only_a_line_feed_ends_a_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[" * 100_000, '{"a":' * 100_000, "1" * 5000, '["\\ud800"]']
+    "text",
+    [
+        "",
+        "{",
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        "1" * 5000,
+        '["\\ud800"]',
+        '{"q": 1, "q": 3}',
+        '[{"a": {"b": 1, "b": 1}}]',
+    ],
 )
 def test_what_is_no_json_is_one_short_line(text, tmp_path):
     (tmp_path / "file.json").write_text(text)

@@ -99,10 +99,13 @@ def test_classes_are_small_numbers_scores_are_floats_and_nan_is_no_class():
 def test_predictions_that_were_changed_or_removed_are_refused(run, tmp_path):
     folder, record = run
     write_record(record, tmp_path)
-    with pytest.raises(ValueError, match=r"predictions.npz is not the file that the record"):
+    with pytest.raises(ValueError, match=r"predictions.npz is missing: the record"):
         read_predictions(tmp_path)
     (tmp_path / "predictions.npz").write_bytes((folder / "predictions.npz").read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"predictions.npz is not the file that the record"):
+        read_predictions(tmp_path)
+    write_record(record | {"predictions": "predictions.npz"}, tmp_path, overwrite=True)
+    with pytest.raises(ValueError, match=r"predictions = 'predictions.npz': must name a file and"):
         read_predictions(tmp_path)
     older = {k: v for k, v in record.items() if k != "predictions"}
     write_record(older, tmp_path, overwrite=True)

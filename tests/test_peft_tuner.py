@@ -26,6 +26,7 @@ from drlora_ref import (
     BudgetSchedule,
     RankAllocator,
     RankOneComponents,
+    ZWatch,
     count_parameters,
     dem_loss,
     dynamic_layers,
@@ -133,6 +134,48 @@ def test_training_that_stops_and_loads_goes_on_as_if_it_had_not(tmp_path):
     loaded = PeftModel.from_pretrained(base_model(), tmp_path, is_trainable=True)
     assert train(loaded.eval(), 7, first=6) == train(straight.eval(), 7, first=6)
     assert loaded.rank_pattern() == straight.rank_pattern()
+
+
+@pytest.mark.parametrize("is_trainable", [True, False])
+def test_what_was_loaded_for_inference_can_be_trained_after_all(is_trainable, tmp_path):
+    """The score of the answers then leaves out padding, as it does without the detour."""
+    model = adapted(total_step=STEPS, score="output_norm", lora_dropout=0.0)
+    for part in model.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    train(model, 3)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(
+        base_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+        tmp_path,
+        is_trainable=is_trainable,
+    )
+    for name, parameter in loaded.named_parameters():
+        parameter.requires_grad_(".lora_" in name or "modules_to_save" in name)
+    padded = batch() | {"attention_mask": torch.ones_like(batch()["input_ids"])}
+    padded["attention_mask"][:, 3:] = 0
+    averages = []
+    for tuned in (model.train(), loaded.train()):
+        tuned.base_model.allocator()
+        tuned(**padded).loss.backward()
+        tuned.base_model.allocator().step(4)
+        averages.append(tuned.base_model.allocator().ema)
+    torch.testing.assert_close(*averages)
+
+
+def hooks_of_a_watch(model) -> list:
+    hooks = [h for m in model.modules() for h in m._forward_pre_hooks.values()]
+    return [hook for hook in hooks if isinstance(getattr(hook, "__self__", None), ZWatch)]
+
+
+@pytest.mark.parametrize("leave", ["unload", "merge_and_unload"])
+def test_the_model_that_is_left_is_not_watched(leave):
+    model = adapted(total_step=STEPS, tfinal=0, score="output_norm")
+    train(model, 2)
+    assert hooks_of_a_watch(model)
+    if leave == "merge_and_unload":
+        train(model, STEPS - 2, first=3)
+    assert not hooks_of_a_watch(getattr(model, leave)())
 
 
 def test_loading_into_a_live_model_replaces_its_allocator(trained, tmp_path):

@@ -239,9 +239,42 @@ def test_a_whole_number_stays_one_beside_runs_that_lack_it():
         chosen("batch_size", parameters=beside | {"method": "bitfit"})
 
 
+def test_best_of_chooses_between_two_at_least():
+    tried(dict(learning_rate=1e-3, best=0.5), dict(learning_rate=1e-3, best=0.6, seed=101))
+    with pytest.raises(ValueError, match="rates has one value of learning_rate for task = cola"):
+        chosen("learning_rate", parameters={"data_dir": "generated", "method": "lora"})
+
+
+def test_best_of_waits_for_the_runs_that_have_not_ended():
+    tried(*[dict(learning_rate=r, best=0.5) for r in (1e-3, 2e-3)])
+    Path("rates", "2").mkdir()
+    Path("rates", "2", "checkpoint.pt").write_bytes(b"begun")
+    with pytest.raises(ValueError, match=r"best_of: rates.2 has not ended: finish the grid"):
+        chosen("learning_rate", parameters={"data_dir": "generated", "method": "lora"})
+
+
+def test_best_of_is_not_hindered_by_runs_that_the_grid_does_not_need():
+    tried(*[dict(learning_rate=r, best=r) for r in (1e-3, 2e-3)],
+          dict(learning_rate=1.0, best=None, status="diverged", method="full"))  # fmt: skip
+    (run,) = chosen("learning_rate", parameters={"data_dir": "generated", "method": "lora"})
+    assert run["learning_rate"] == 2e-3
+
+
+def test_a_grid_does_not_write_into_the_folder_of_its_maps():
+    for seed in (0, 1):
+        Path("found", str(seed)).mkdir(parents=True)
+        Path("found", str(seed), "record.json").write_text(json.dumps({"seed": seed}))
+    parameters = {"data_dir": "generated", "method": "lora", "rank_map": "found"}
+    grid = read_grid(write_grid(notebook=None, parameters=parameters))
+    with pytest.raises(ValueError, match=r"rank_map = 'found': found.more lies in it"):
+        plan(grid, Path("found/more"))
+
+
 def test_of_runs_that_all_diverged_none_is_best():
     tried(*[dict(learning_rate=r, best=None, status="diverged") for r in (1.0, 2.0)])
-    with pytest.raises(ValueError, match=r"every run diverged: no learning_rate is the best"):
+    with pytest.raises(
+        ValueError, match=r"best_of: rates: .*every run diverged: no learning_rate is"
+    ):
         chosen("learning_rate", parameters={"data_dir": "generated", "method": "lora"})
 
 
@@ -391,8 +424,7 @@ def test_a_shipped_grid_stands_for_the_runs_and_the_steps_that_it_says(file, mon
     monkeypatch.setattr(plans, "resolve_model", lambda name: SimpleNamespace(sha256=name))
     grid = read_grid(file)
     monkeypatch.setattr(plans, "find_rank_map", lambda settings, sha256: None)
-    best = AnyCell(learning_rate=1e-3)
-    monkeypatch.setattr(plans, "_best", lambda grid, seeds: best if "best_of" in grid else {})
+    monkeypatch.setattr(plans, "_Best", AnyCell)
     runs = plan(grid, Path("runs"))
     assert sum(run.steps for run in runs) == grid["cost"]["optimizer_steps"]
     hours = sum(run.steps / speed(run) for run in runs) / 3600
@@ -401,14 +433,14 @@ def test_a_shipped_grid_stands_for_the_runs_and_the_steps_that_it_says(file, mon
     assert grid["cost"]["gpu_hours"] == pytest.approx(hours * on_a_gpu, rel=0.01, abs=0.05)
 
 
-class AnyCell(dict):
-    """What _best gives, with the same values for every cell."""
+class AnyCell:
+    """As _Best, with the same values for every cell."""
 
-    def __contains__(self, cell):
-        return True
+    def __init__(self, grid, seeds):
+        self.values = {"learning_rate": 1e-3} if "best_of" in grid else {}
 
-    def get(self, cell, default=None):
-        return dict(self)
+    def of(self, given):
+        return self.values
 
 
 def speed(run) -> float:

@@ -169,6 +169,21 @@ def test_impossible_problems_are_refused(given, message):
         planted.recover(**given)
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(penalty=3), "penalty = 3: must be one of dem"),
+        (dict(score=None), "score = None: must be a function"),
+        (dict(uniform="no"), "uniform = 'no': must be True or False"),
+        (dict(events=[]), r"events = \[\]: must be an Events"),
+        (dict(total_steps="40"), "total_steps = '40': must be a whole number"),
+    ],
+)
+def test_options_of_another_kind_are_refused_before_anything_is_trained(options, message):
+    with pytest.raises(ValueError, match=message):
+        planted.recover([0, 2], **options)
+
+
 @pytest.mark.parametrize("given", ["ab", ["a", "b"], [1, None], {0: 1, 1: 2}, 2, [1j, 1], [True, 1],
                                    [[1], [2]], []])  # fmt: skip
 @pytest.mark.parametrize("name", ["planted_ranks", "input_scales", "strengths", "loss_weights"])

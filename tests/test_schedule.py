@@ -81,6 +81,13 @@ def test_defaults_are_15_and_50_percent_of_all_steps():
         (dict(init_r=1), "target_r = 2 is above init_r = 1"),
         (dict(target_r=0), "target_r = 0: must be a whole number, at least 1"),
         (dict(init_r=2.5), "init_r = 2.5: must be a whole number"),
+        (dict(init_r=float("nan")), "init_r = nan: must be a whole number"),
+        (dict(init_r=True), "init_r = True: must be a whole number"),
+        (dict(total_steps=float("inf")), "total_steps = inf: must be a whole number"),
+        (dict(total_steps="100"), "total_steps = '100': must be a whole number"),
+        (dict(total_steps=None), "total_steps = None: must be a whole number"),
+        (dict(deltaT=None), "deltaT = None: must be a whole number"),
+        (dict(tinit="2"), "tinit = '2': must be a whole number, at least 0"),
         (dict(deltaT=0), "deltaT = 0: must be a whole number, at least 1"),
         (dict(tinit=-1), "tinit = -1"),
         (dict(total_steps=0), "total_steps = 0"),
@@ -91,6 +98,12 @@ def test_defaults_are_15_and_50_percent_of_all_steps():
 def test_impossible_schedules_are_refused_with_the_value_and_the_remedy(changed, message):
     with pytest.raises(ValueError, match=message):
         BudgetSchedule(**{**dict(init_r=3, target_r=2, total_steps=100), **changed})
+
+
+def test_a_whole_number_written_as_a_float_is_that_number():
+    schedule = BudgetSchedule(3.0, 2, 100.0, tinit=10.0)
+    assert schedule == BudgetSchedule(3, 2, 100, tinit=10)
+    assert {type(v) for v in (schedule.init_r, schedule.total_steps, schedule.tinit)} == {int}
 
 
 @pytest.mark.parametrize("T", [110, 105, 330, 1070, 1605, 999])

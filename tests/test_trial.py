@@ -79,12 +79,12 @@ def answers(printed: str, question: str) -> list[str]:
 @pytest.mark.parametrize(
     "question, begins",
     [
-        ("is there anything to win?", "yes: +10.00 points ["),
-        ("does the method help?", "not seen: +0.00 points [-"),
+        ("does more rank help?", "yes: +10.00 points ["),
+        ("does the method help?", "open: +0.00 points [-"),
         ("does its score know more than chance?", "yes: +10.00 points ["),
         ("does it help that matrices differ?", "yes: +2.50 points ["),
         ("does the map help without the path?", "yes: +5.00 points ["),
-        ("does it matter where the rank is?", "the opposite: -7.50 points ["),
+        ("does it matter where the rank is?", "no, worse: -7.50 points ["),
     ],
 )
 def test_each_question_gets_the_answer_that_its_records_allow(printed, question, begins):
@@ -98,10 +98,12 @@ def test_a_question_is_answered_in_training_loss_too(printed):
 
 def test_the_questions_without_records_are_listed_with_the_command_that_makes_them(printed):
     _, _, rest = printed.partition("not run yet: make trial TRIAL=sst2:\n")
-    left = ["... than chance that keeps its choice?", "is the score of the answers better?",
-            "does one cut cost anything?", "is Eq. 7's path better than one cut?",
-            "does it take a schedule?", "does it take training after the cut?",
-            "does the path help, the map given?"]  # fmt: skip
+    left = ["... than chance that keeps its choice?", "is such chance better than the other?",
+            "is the norm a better score?", "is the score of the answers better?",
+            "is its layer as good as LoRA's?", "is removing as good as keeping all?",
+            "is one cut as good as none?", "is one cut better than rank 2 at once?",
+            "is Eq. 7's path better than one cut?", "is the norm's path better than one cut?",
+            "does it take training after the cut?", "does the path help, the map given?"]  # fmt: skip
     listed = rest.splitlines()[: len(left) + 1]
     assert [line.strip() for line in listed[:-1]] == left and "?" not in listed[-1]
 

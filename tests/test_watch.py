@@ -111,6 +111,82 @@ def test_inputs_of_another_shape_than_the_mask_count_all_their_rows():
     close(watch.mean(), mean_squares(model, x[:, 0]))
 
 
+def test_rows_that_follow_one_another_have_the_mask_too():
+    model, x, mask = Encoder(), batch(), torch.arange(5).expand(4, -1) < 3
+    watch = watched(model)
+    model(x.flatten(0, 1), attention_mask=mask)
+    close(watch.mean(), mean_squares(model, x[mask]))
+
+
+def test_the_choices_of_a_question_are_flattened_by_the_model_and_so_is_their_mask():
+    from transformers import RobertaConfig, RobertaForMultipleChoice
+
+    sizes = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    roberta = RobertaForMultipleChoice(RobertaConfig(vocab_size=50, **sizes))
+    model = inject_adapters(roberta, r=2, lora_dropout=0.0).train()
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    watch, found = watched(model), []
+    ids, mask = torch.randint(3, 50, (2, 3, 6)), torch.arange(6).expand(2, 3, -1) < 4
+    for width in (0, 3):
+        wider = nn.functional.pad(ids, (0, width), value=1)  # 1 is RoBERTa's padding
+        model(input_ids=wider, attention_mask=nn.functional.pad(mask, (0, width)).long())
+        counted = watch.sums or watch._add_up() or watch.sums
+        assert counted[1].unique().tolist() == [2 * 3 * 4]
+        found.append(watch.mean())
+    close(*found)
+
+
+def test_a_mask_ends_with_the_call_that_brought_it():
+    model, x, mask = Encoder(), batch(), torch.arange(5).expand(4, -1) < 2
+    watch = watched(model)
+    model.eval()(x, attention_mask=mask)  # evaluation through the model, training through a layer
+    model.train()
+    for layer in model.layers:
+        layer(x)
+    close(watch.mean(), mean_squares(model, x))
+
+
+def test_a_call_that_failed_leaves_no_mask_behind():
+    model, x, mask = Encoder(), batch(), torch.arange(5).expand(4, -1) < 2
+    watch = watched(model)
+    with pytest.raises(RuntimeError):
+        model(x[..., :3], attention_mask=mask)
+    for layer in model.layers:
+        layer(x)
+    close(watch.mean(), mean_squares(model, x))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
+def test_a_mask_given_by_place_is_found_through_a_wrapper(wrap):
+    model, x, mask = Encoder(), batch(), torch.arange(5).expand(4, -1) < 2
+    wrapped = wrap(model)
+    watch = watched(wrapped)
+    wrapped(x, mask)
+    close(watch.mean(), mean_squares(model, x[mask]))
+
+
+def test_a_layer_that_gets_no_row_counts_none():
+    """As an expert to which no token goes."""
+    model, x = Encoder(2), batch()
+    watch = watched(model)
+    model.layers[0](x.flatten(0, 1)[:0])
+    model.layers[1](x)
+    first, second = watch.mean()
+    assert not first.any() and second.all()
+
+
+def test_under_inference_mode_nothing_is_watched():
+    model, x = Encoder(), batch()
+    watch = watched(model)
+    with torch.inference_mode():
+        model(batch())
+        model(batch())
+    model(x)
+    close(watch.mean(), mean_squares(model, x))
+
+
 def test_a_pass_without_a_mask_does_not_use_the_mask_of_the_one_before():
     model, x = Encoder(), batch()
     watch = watched(model)
@@ -297,7 +373,7 @@ def test_the_allocator_scores_what_the_layers_saw_and_stops_once_pruning_has_end
         for m, z in zip(layers, mean_squares(model, x), strict=True)
     ]
     torch.testing.assert_close(allocator.scores(), torch.cat(expected))
-    for step in range(1, 22):
+    for step in range(1, SCHEDULE.t_end + 1):
         assert all(layer.watch for layer in layers)
         model(x)
         allocator.step(step)

@@ -9,6 +9,7 @@ import difflib
 import json
 import re
 import reprlib
+from collections import Counter
 from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any
@@ -169,9 +170,12 @@ def read_lines(file: str | Path) -> list[str]:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """What a JSON text holds; `where` it stands is what a ValueError begins with."""
+    """What a JSON text holds; `where` it stands is what a ValueError begins with.
+
+    Of a name that comes twice json would take the last value, without a word: it is refused.
+    """
     try:
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=_each_once)
         if "\\ud" in text.lower():  # half of a character in two halves is JSON, but no text
             json.dumps(found, ensure_ascii=False).encode()
         return found
@@ -180,6 +184,14 @@ def parse_json(text: str, where: str) -> Any:
     except ValueError as error:
         reason = f"{type(error).__name__}: {screen(error)}"
         raise ValueError(f"{where}: not JSON ({reason})") from None
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, times in Counter(n for n, _ in pairs).items() if times > 1)
+        raise ValueError(f"{shown(twice)} comes twice")
+    return found
 
 
 def read_json(file: str | Path) -> Any:

@@ -37,6 +37,7 @@ from drlora_ref.experiments.methods.rank_maps import lora_ranks
 from drlora_ref.experiments.replicas.many_runs import can_be_replica, shared_settings
 from drlora_ref.experiments.results import paper, summaries
 from drlora_ref.experiments.run.rank_maps import RankMap, find_rank_map, sha256_of, shared_donors
+from drlora_ref.experiments.run.records import CHECKPOINT
 from drlora_ref.experiments.run.settings import PLACES, Settings, run_key
 from drlora_ref.experiments.sources.models import ModelSource, resolve_model
 from drlora_ref.experiments.tasks.data import check_sizes
@@ -211,9 +212,14 @@ def plan(grid: Grid, out: Path) -> list[PlannedRun]:
     """
     sets, notebook = expand(grid), grid.get("notebook")
     taken = _taken(notebook, [chosen for _, chosen in sets])
-    best = _best(grid, {chosen.get("seed", Settings.seed) for _, chosen in sets})
-    by = grid["best_of"]["by"] if "best_of" in grid else CELL
-    settings = [_settings(label, chosen, best, by, taken) for label, chosen in sets]
+    best = _Best(grid, {chosen.get("seed", Settings.seed) for _, chosen in sets})
+    settings = [_settings(label, chosen, best, taken) for label, chosen in sets]
+    for maps in {one.rank_map for one in settings} - {""}:
+        if out.resolve().is_relative_to(place(maps).resolve()):
+            raise ValueError(
+                f"rank_map = {shown(maps)}: {out} lies in it, so that runs of this grid would give "
+                "maps too; write them to another folder"
+            )
     places = sorted({(one.task, one.data_dir) for one in settings})
     data = {place: _look_at(*place) for place in places}
     names = sorted({one.model_name for one in settings})
@@ -290,13 +296,7 @@ def pack(runs: list[PlannedRun], replicas: int) -> list[list[PlannedRun]]:
     return packs
 
 
-def _settings(
-    label: str,
-    chosen: Parameters,
-    best: dict[Cell, Parameters],
-    by: list[str],
-    taken: set[str],
-) -> Settings:
+def _settings(label: str, chosen: Parameters, best: "_Best", taken: set[str]) -> Settings:
     """The settings of one run: the paper's, then the best ones, then what the grid says."""
     chosen = {"task": Settings.task, "method": Settings.method} | chosen
     pair = chosen["task"], chosen["method"]
@@ -306,43 +306,79 @@ def _settings(
             check_name("follow", chosen.pop("follow"), ["authors"])
             base |= paper.authors(str(chosen["task"]))
         given = base | chosen
-        cell = tuple(given.get(name, getattr(Settings, name)) for name in by)
-        settings = Settings(**base | best.get(cell, {}) | chosen)
+        settings = Settings(**base | best.of(given) | chosen)
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from None
-    if best and cell not in best:
-        words = [f"{name} = {word}" for name, word in zip(by, cell, strict=True)]
-        raise ValueError(f"{label}: best_of has no runs of {', '.join(words)}")
     for name, value in asdict(settings).items():
         if name not in taken and value != getattr(Settings, name):
             raise ValueError(f"{label} needs {name} = {value!r}, which the notebook does not take")
     return settings
 
 
-def _best(grid: Grid, seeds: set[Value]) -> dict[Cell, Parameters]:
-    """{cell: {parameter: value}}: the values with the best mean score in `best_of`."""
-    if "best_of" not in grid:
-        return {}
-    folder, names = grid["best_of"]["folder"], grid["best_of"]["parameter"]
-    try:
-        runs = summaries.load(folder)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"best_of: {error}: run the grid that fills it first") from None
-    if both := sorted(seeds & set(runs.seed)):
-        raise ValueError(
-            f"best_of: {folder} has runs with the seeds {both} too: what is chosen on a seed must "
-            "not be reported on it"
-        )
-    renamed = {"score": "importance_score"}  # as the column is called
-    by = [renamed.get(name, name) for name in grid["best_of"]["by"]]
-    columns = [renamed.get(name, name) for name in names]
-    if missing := [name for name in (*by, *columns) if name not in runs]:
-        raise ValueError(f"best_of: no run in {folder} says its {', '.join(missing)}")
-    best = {}
-    for cell, values in summaries.choose(runs, columns, by).items():
-        if all(value == value for value in values):  # not NaN: runs that do not say theirs
-            best[cell] = {name: _whole(name, v) for name, v in zip(names, values, strict=True)}
-    return best
+class _Best:
+    """The values with the best mean score in a grid's `best_of`, chosen for what a run is."""
+
+    def __init__(self, grid: Grid, seeds: set[Value]):
+        self.names: list[str] = []
+        if "best_of" not in grid:
+            return
+        self.folder, self.names = grid["best_of"]["folder"], grid["best_of"]["parameter"]
+        self.by = grid["best_of"]["by"]
+        try:
+            self.runs = summaries.load(self.folder)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"best_of: {error}: run the grid that fills it first") from None
+        for path in sorted(place(self.folder).rglob(CHECKPOINT)):
+            if not (path.parent / "record.json").exists():
+                raise ValueError(
+                    f"best_of: {path.parent} has not ended: finish the grid that fills the folder, "
+                    "or take this run out"
+                )
+        if both := sorted(seeds & set(self.runs.seed)):
+            raise ValueError(
+                f"best_of: {self.folder} has runs with the seeds {both} too: what is chosen on a "
+                "seed must not be reported on it"
+            )
+        columns = [_column(name) for name in (*self.by, *self.names)]
+        if missing := [name for name in columns if name not in self.runs]:
+            raise ValueError(f"best_of: no run in {self.folder} says its {', '.join(missing)}")
+        self.chosen: dict[Cell, Parameters] = {}
+
+    def of(self, given: Parameters) -> Parameters:
+        """{parameter: the best value} for a run with these parameters; {} without `best_of`.
+
+        Raises ValueError where the folder has no runs of that kind, or none to choose between.
+        """
+        if not self.names:
+            return {}
+        cell = tuple(given.get(name, getattr(Settings, name)) for name in self.by)
+        if cell not in self.chosen:
+            self.chosen[cell] = self._choose(cell)
+        return self.chosen[cell]
+
+    def _choose(self, cell: Cell) -> Parameters:
+        what = ", ".join(f"{n} = {word}" for n, word in zip(self.by, cell, strict=True))
+        runs, columns = self.runs, [_column(name) for name in self.names]
+        for name, word in zip(self.by, cell, strict=True):
+            runs = runs[runs[_column(name)] == word]
+        runs = runs.dropna(subset=columns)  # runs that do not say theirs
+        if runs.empty:
+            raise ValueError(f"best_of has no runs of {what}")
+        if len(runs.drop_duplicates(columns)) == 1:
+            raise ValueError(
+                f"best_of: {self.folder} has one value of {', '.join(self.names)} for {what}: "
+                "nothing to choose from. Finish the grid that fills it, or set the value"
+            )
+        try:
+            (values,) = summaries.choose(runs, columns, [_column(n) for n in self.by]).values()
+        except ValueError as error:
+            raise ValueError(f"best_of: {self.folder}: {error}") from None
+        return {name: _whole(name, v) for name, v in zip(self.names, values, strict=True)}
+
+
+def _column(parameter: str) -> str:
+    """What a parameter is called in a table of runs."""
+    return "importance_score" if parameter == "score" else parameter
 
 
 def _whole(name: str, value: Value) -> Value:

@@ -17,6 +17,7 @@ from drlora_ref.experiments.given import check_name
 from drlora_ref.experiments.results.power import smallest_effect
 from drlora_ref.experiments.results.summaries import (
     SAME_INPUTS,
+    SAME_YARDSTICK,
     check_baseline,
     check_cells,
     check_same,
@@ -179,11 +180,13 @@ def paired_by_example(
     ValueError: no run of 'drlora': there are lora
     """
     by = [by] if isinstance(by, str) else list(by)
+    if arm not in frame:
+        raise ValueError(f"no column {arm}: there are {', '.join(frame)}")
     check_baseline(baseline, frame[arm])
     check_cells(frame, [*by, arm], "score")
     rows = []
     for key, cell in frame.groupby(by, dropna=False):
-        check_same(cell, ", ".join(map(str, key)), (*SAME_INPUTS, "holdout", "metric_name"))
+        check_same(cell, ", ".join(map(str, key)), (*SAME_INPUTS, *SAME_YARDSTICK, "holdout"))
         values = _values_of(cell, split)
         arms = {name: dict(zip(runs.seed, runs.folder, strict=True)) for name, runs in
                 cell.groupby(arm)}  # fmt: skip
@@ -219,7 +222,7 @@ def _values_of(cell: pd.DataFrame, split: str) -> dict[str, np.ndarray]:
         if run.status == "diverged" and not kept:
             found[run.folder] = None
             continue
-        if f"{split}_predictions" not in kept:
+        if not {f"{split}_predictions", f"{split}_labels"} <= set(kept):
             there = sorted(n.removesuffix("_labels") for n in kept if n.endswith("_labels"))
             raise ValueError(f"{run.folder} has no predictions on {split!r}, only on {there}")
         predictions, labels = kept[f"{split}_predictions"], kept[f"{split}_labels"]
@@ -234,6 +237,8 @@ def _values_of(cell: pd.DataFrame, split: str) -> dict[str, np.ndarray]:
 def _check_examples(
     folder: str, predictions: np.ndarray, labels: np.ndarray, other: str, expected: np.ndarray
 ) -> None:
+    if predictions.ndim != 1 or labels.ndim != 1:
+        raise ValueError(f"{folder}: predictions and labels must each be one number an example")
     if len(predictions) != len(labels):
         raise ValueError(f"{folder}: {len(predictions)} predictions for {len(labels)} labels")
     if len(labels) != len(expected):

@@ -8,6 +8,8 @@ from scipy.optimize import brentq
 from scipy.stats import nct
 from scipy.stats import t as student
 
+from drlora_ref.experiments.results.summaries import LESS_IS_BETTER
+
 LEVEL, POWER = 0.05, 0.8
 
 
@@ -39,6 +41,8 @@ def add_smallest_effect(differences: pd.DataFrame) -> pd.DataFrame:
     >>> add_smallest_effect(one).smallest.round(3).item()
     0.996
     """
+    if "std" not in differences:
+        raise ValueError("no column std: take paired_difference's rows")
     rows = zip(differences["std"], differences["n"], strict=True)
     found = [smallest_effect(std / math.sqrt(n) if n else math.nan, n - 1) for std, n in rows]
     return differences.assign(smallest=found)
@@ -72,7 +76,8 @@ def mean_over_tasks(differences: pd.DataFrame, arm: str = "method") -> pd.DataFr
         half = float(student.ppf(1 - LEVEL / 2, freedom)) * math.sqrt(whole) / k
         row = {"task": f"mean of {k} tasks", arm: name, "baseline": baseline, "mean": mean}
         rows.append(row | {"n": k, "ci_low": mean - half, "ci_high": mean + half})
-    return pd.DataFrame(rows)
+    columns = ["task", arm, "baseline", "mean", "n", "ci_low", "ci_high"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _errors(differences: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -86,14 +91,16 @@ def _errors(differences: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
 def mean_ranks(summary: pd.DataFrame, arm: str = "method") -> pd.DataFrame:
     """The mean place of each arm over tasks, 1 the best, equal scores sharing theirs; `n` tasks.
 
-    `summary` is summarise's, by task and `arm`. Raises ValueError for an arm that lacks a task.
+    `summary` is summarise's, by task and `arm`. The best is the highest, of a training loss or a
+    cost the lowest. Raises ValueError for an arm that lacks a task.
 
     >>> rows = [("cola", "a", 0.5), ("cola", "b", 0.4), ("sst2", "a", 0.9), ("sst2", "b", 0.9)]
     >>> mean_ranks(pd.DataFrame(rows, columns=["task", "method", "mean"])).mean_rank.tolist()
     [1.25, 1.75]
     """
     _check_tasks(summary, arm)
-    places = summary.groupby("task")["mean"].rank(ascending=False)
+    lowest = "metric" in summary and summary.metric.isin(LESS_IS_BETTER).all()
+    places = summary.groupby("task")["mean"].rank(ascending=lowest)
     means = summary.assign(mean_rank=places).groupby(arm).mean_rank.agg(["mean", "size"])
     return means.rename(columns={"mean": "mean_rank", "size": "n"}).reset_index()
 

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
+from drlora_ref.experiments.given import shown
 from drlora_ref.experiments.results.summaries import check_cells
 from drlora_ref.experiments.run.records import read_record
 from drlora_ref.experiments.tasks.evaluation import check_positive
@@ -45,12 +46,12 @@ def map_agreement(
 
 
 def _agreement(folders: list[str], permutations: int, seed: int) -> dict[str, float]:
-    maps = [read_record(folder).get("rank_pattern", {}) for folder in folders]
+    maps = [_map_of(folder) for folder in folders]
     names = sorted(maps[0])
-    for folder, found in zip(folders, maps, strict=True):
-        if sorted(found) != names:
+    for folder, own in zip(folders, maps, strict=True):
+        if sorted(own) != names:
             raise ValueError(f"{folder} and {folders[0]} have ranks of other matrices")
-    ranks = np.array([[found[name] for name in names] for found in maps], dtype=float)
+    ranks = np.array([[own[name] for name in names] for own in maps], dtype=float)
     found, rng = mean_spearman(ranks), np.random.default_rng(seed)
     groups, times = same_shape(names), permutations if math.isfinite(found) else 1
     dealt = [mean_spearman(_dealt(ranks, groups, rng)) for _ in range(times)]
@@ -62,6 +63,15 @@ def _agreement(folders: list[str], permutations: int, seed: int) -> dict[str, fl
         "permuted_low": float(low),
         "permuted_high": float(high),
     }
+
+
+def _map_of(folder: str) -> dict[str, int]:
+    found = read_record(folder).get("rank_pattern", {})
+    if not isinstance(found, dict) or not all(type(rank) is int for rank in found.values()):
+        raise ValueError(
+            f"{folder}: rank_pattern = {shown(found)}: must be names with whole numbers"
+        )
+    return found
 
 
 def mean_spearman(ranks: np.ndarray) -> float:

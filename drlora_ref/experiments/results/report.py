@@ -97,7 +97,7 @@ def _cell_text(row: dict, scale: float) -> str:
         return f"({', '.join(counts)})"
     sign = "+" if paired else ""
     mean, low, high = (f"{scale * row[name]:{sign}.1f}" for name in ("mean", "ci_low", "ci_high"))
-    if n == 1 and "examples" not in row:
+    if math.isnan(row["ci_low"]):
         return f"{mean} ({', '.join(counts)})"
     # Of a difference one asks whether it could be nothing.
     spread = f" [{low}, {high}]" if paired else f" ± {scale * row['std']:.1f}"

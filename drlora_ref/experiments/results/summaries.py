@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from drlora_ref.experiments.given import place
+from drlora_ref.experiments.given import place, screen, shown
 from drlora_ref.experiments.methods import METHODS
 from drlora_ref.experiments.results.paper import budget_name, table
 from drlora_ref.experiments.run.records import read_record
@@ -21,6 +21,8 @@ NEEDED = ("task", "method", "status", "best", "evaluations", "steps", "total_ste
 STATISTICS = ("mean", "std", "n", "ci_low", "ci_high")
 COSTS = ("surviving_components", "seconds", "peak_memory_mib")
 SAME_INPUTS = ("data_fingerprint", "model_sha256", "model_files", "train_size")
+SAME_YARDSTICK = ("metric_name", "scoring")
+LESS_IS_BETTER = ("final_loss", *COSTS)
 
 
 def load(*folders: str | Path, each_at_its_best: bool = False) -> pd.DataFrame:
@@ -42,7 +44,7 @@ def load(*folders: str | Path, each_at_its_best: bool = False) -> pd.DataFrame:
     Raises FileNotFoundError (no record), ValueError naming a file that is cut short or no run.
     """
     paths = sorted({path.resolve(): path for path in _find(folders)}.values())
-    frame = pd.DataFrame([_row(path, each_at_its_best) for path in paths])
+    frame = pd.DataFrame([_row_of(path, each_at_its_best) for path in paths])
     nothing = frame.best.isna() & (frame.status == "diverged")
     for name in _further_metrics(frame):
         of_the_task = frame.groupby("task")[name].transform("count") > 0
@@ -58,6 +60,16 @@ def _find(folders: Iterable[str | Path]) -> Iterable[Path]:
         if not found:
             raise FileNotFoundError(f"no record.json in or below {folder}")
         yield from found
+
+
+def _row_of(path: Path, each_at_its_best: bool) -> dict:
+    try:
+        return _row(path, each_at_its_best)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not the record of a run: something in it is of another kind "
+            f"({type(error).__name__}: {screen(error)})"
+        ) from None
 
 
 def _row(path: Path, each_at_its_best: bool) -> dict:
@@ -92,6 +104,7 @@ def _row(path: Path, each_at_its_best: bool) -> dict:
         "model_source": record.get("model", {}).get("source", ""),
         "model_sha256": record.get("model", {}).get("sha256", ""),
         "model_files": _model_files(record.get("model", {})),
+        "rank_map_file": _map_file(record.get("rank_map") or {}),
         "folder": str(path.parent),
     }
 
@@ -99,6 +112,12 @@ def _row(path: Path, each_at_its_best: bool) -> dict:
 def _model_files(model: dict) -> str | None:
     names = "config_sha256", "tokenizer_sha256"
     return " ".join(model[name] for name in names) if set(names) <= set(model) else None
+
+
+def _map_file(rank_map: dict) -> str | None:
+    """The hash of a map that somebody wrote; a map of another run is each seed's own."""
+    written = str(rank_map.get("source", "")).startswith("file ")
+    return rank_map["sha256"] if written else None
 
 
 def arm_name(parameters: dict) -> str:
@@ -149,6 +168,8 @@ def _of_the_last_model(record: dict) -> dict[str, float]:
 
 
 def _number(value: float | None) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | None):
+        raise TypeError(f"{shown(value)} is no number")
     return math.nan if value is None else value
 
 
@@ -257,15 +278,17 @@ def paired_difference(
     Paired by seed: two runs of one seed share the order of the data (and the rows, where train_size
     draws some), so what it does to both cancels. n counts pairs; `unpaired` the runs of either
     arm that have no partner: with n = 0 that is all of them, and there is no mean.
-    Raises ValueError as `summarise` does, for a cell with more than one model or set of data, and
-    if there is no run of the baseline.
+    Raises ValueError as `summarise` does, for a cell with more than one model, set of data, metric
+    or way of scoring (of holdout_score: number of rows held out), and if there is no run of the
+    baseline.
     """
     by = [by] if isinstance(by, str) else list(by)
     check_cells(frame, [*by, arm], value)
     check_baseline(baseline, frame[arm])
+    same = (*SAME_INPUTS, *SAME_YARDSTICK, *(["holdout"] if value == "holdout_score" else []))
     rows = []
     for key, cell in frame.groupby(by, dropna=False):
-        check_same(cell, ", ".join(map(str, key)), SAME_INPUTS)
+        check_same(cell, ", ".join(map(str, key)), same)
         scores = {name: runs.set_index("seed")[value] for name, runs in cell.groupby(arm)}
         base = scores.pop(baseline, pd.Series(dtype=float))
         for name, theirs in scores.items():
@@ -285,6 +308,7 @@ def choose(
 ) -> dict:
     """{cell: the value of `parameter` with the best mean over seeds}; of equals the first in order.
 
+    The best is the highest; of final_loss and of costs (time, memory, components) the lowest.
     Of a list of parameters, which are then chosen together, it is a tuple of their values; and a
     cell is a tuple where `by` is a list.
 
@@ -307,7 +331,8 @@ def choose(
             named = " with ".join(names)
             raise ValueError(f"{key}: each {named} must be tried on the same seeds, not {tried}")
         means = candidates[value].mean()
-        best = means.index.tolist()[means.argmax()]  # Python numbers, not NumPy's
+        at = means.argmin() if value in LESS_IS_BETTER else means.argmax()
+        best = means.index.tolist()[at]  # Python numbers, not NumPy's
         chosen[key] = best if isinstance(parameter, str) or len(names) > 1 else (best,)
     return chosen
 
@@ -329,7 +354,7 @@ def check_cells(frame: pd.DataFrame, keys: list[str], value: str) -> None:
     if "permute_map" in frame and "permute_map" not in keys:  # which permutation is each run's own
         word = frame.permute_map.gt(0).map({True: "permuted", False: "as it is"})
         frame = frame.assign(permute_map=word.where(frame.permute_map.notna()))
-    fixed = [name for name in (*parameters, *SAME_INPUTS) if name not in free]
+    fixed = [n for n in (*parameters, *SAME_INPUTS, "rank_map_file") if n not in free]
     for key, cell in frame.groupby(keys, dropna=False):
         where = ", ".join(f"{name} = {word}" for name, word in zip(keys, key, strict=True))
         check_same(cell, where, fixed)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from drlora_ref.experiments.given import place, read_yaml, shown
-from drlora_ref.experiments.run.records import read_record
+from drlora_ref.experiments.run.records import CHECKPOINT, read_record
 from drlora_ref.experiments.run.settings import Settings
 
 
@@ -46,8 +46,8 @@ def find_rank_map(settings: Settings, model_sha256: str) -> RankMap | None:
     Whether the map fits the model, methods.rank_maps says. Raises FileNotFoundError, and ValueError
     for a record that is cut short, of another model or of a run that diverged, for a folder with a
     record of another model or without ranks, whichever would be taken, with two runs of one seed, a
-    seed that is no whole number, or no map of another seed, and for a file that holds anything
-    else.
+    seed that is no whole number, a run that has not ended, or no map of another seed, and for a
+    file that holds anything else.
     """
     if not settings.rank_map:
         return None
@@ -90,10 +90,16 @@ def _is_folder_of_runs(path: Path) -> bool:
 def _donors(folder: Path) -> dict[int, tuple[Path, dict]]:
     """{seed: (path, record)} of all runs in or below a folder."""
     donors: dict[int, tuple[Path, dict]] = {}
+    for path in sorted(folder.rglob(CHECKPOINT)):
+        if not (path.parent / "record.json").exists():
+            raise ValueError(
+                f"rank_map: {path.parent} has not ended: with its map, other runs would get other "
+                "maps than without it. Finish it, or take it out of the folder"
+            )
     for path in sorted(folder.rglob("record.json")):
         record = read_record(path)
         given = record.get("parameters")
-        seed = record.get("seed", given.get("seed", 0) if isinstance(given, dict) else 0)
+        seed = record.get("seed", given.get("seed") if isinstance(given, dict) else None)
         if type(seed) is not int:
             raise ValueError(f"rank_map: {path}: seed = {shown(seed)} must be a whole number")
         if seed in donors:

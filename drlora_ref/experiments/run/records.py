@@ -247,7 +247,11 @@ def _read_arrays(folder: str | Path, field: str, name: str) -> dict[str, np.ndar
     if not named:
         return {}
     path = Path(folder, name)
-    content = path.read_bytes() if path.exists() else b""
+    if not (isinstance(named, dict) and "sha256" in named):
+        raise ValueError(f"{folder}: {field} = {shown(named)}: must name a file and its sha256")
+    if not path.exists():
+        raise ValueError(f"{path} is missing: the record beside it names it")
+    content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != named["sha256"]:
         raise ValueError(f"{path} is not the file that the record beside it names: it was changed")
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:

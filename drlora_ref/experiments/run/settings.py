@@ -121,6 +121,11 @@ class Settings:
             raise ValueError(f"uniform = True: only drlora takes it, not {self.method}")
         if self.permute_map and not self.rank_map:
             raise ValueError(f"permute_map = {self.permute_map}: there is no rank_map to permute")
+        if self.tinit + self.tfinal >= 1:
+            raise ValueError(
+                f"tinit + tfinal = {self.tinit} + {self.tfinal}: shares of all steps, must be less "
+                "than 1 together, or no step is left to prune in"
+            )
         # The steps are known once the data are; every other number of Eq. 9 can be checked now.
         METHODS[self.method].check(self.schedule(self.max_steps or 10**9))
 
@@ -162,8 +167,11 @@ HUGE = 1e37  # float32 ends at 3e38, and AdamW takes ten times the learning rate
 # (parameters, the least and the greatest value of each, the same in words)
 RANGES: list[tuple[str, tuple[float, float], str]] = [
     ("seed", (0, 2**32 - 1), "0 or more, and less than 2**32"),
-    ("max_steps train_size holdout permute_map stride", (0, MOST), "0 or more"),
-    ("film_events checkpoint_every", (0, MOST), "0 or more"),
+    (
+        "max_steps train_size holdout permute_map stride film_events checkpoint_every",
+        (0, MOST),
+        "0 or more, and less than 2**63",
+    ),
     (
         "init_r target_r bottleneck batch_size epochs max_length deltaT grad_accumulation "
         "eval_batch_size summary_length num_beams",

@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -74,6 +74,17 @@ def dem_loss(layers: dict[str, RankOneComponents]) -> Tensor:
     return total / sum(layer.lora_c.numel() for layer in layers.values())
 
 
+class Batch(NamedTuple):
+    """What a followed model is called with: masks, and for a decoder the encoder's output."""
+
+    attention_mask: Tensor | None = None
+    encoder_hidden_states: Tensor | None = None
+    encoder_attention_mask: Tensor | None = None
+
+
+NO_BATCH = Batch()
+
+
 class ZWatch:
     """Mean square of z = aᵀx for every component, over the rows of one optimizer step.
 
@@ -84,10 +95,12 @@ class ZWatch:
     checkpointing runs again in the backward pass does not count again. Several processes have the
     same number: both sums are taken over all of them.
 
-    Padding is no row. A layer does not know it, so the watch reads the 2-D `attention_mask` that
-    the models it follows are called with, and leaves out the rows where it is 0, whatever their z.
-    That holds for inputs of its shape, (batch, length, d_in). A layer with an input of any other
-    shape counts all rows, and so does any layer if the mask is 4-D or there is none.
+    Padding is no row. A layer does not know it, so the watch reads the `attention_mask` that the
+    models it follows are called with, and leaves out the rows where it is 0, whatever their z. The
+    mask is (batch, length), or (batch, choices, length), which such models flatten; the inputs that
+    it is read for are (batch · choices, length, d_in) or one row after the other. A layer with an
+    input of any other shape counts all rows, and so does any layer if the mask is 4-D or there is
+    none. A mask holds for what is run inside the call that brought it, and for nothing after it.
 
     In an encoder-decoder model that mask is the encoder's. It is read for what the encoder's layers
     see, and for what a decoder's layer sees of the encoder's output. The decoder's own rows have a
@@ -98,7 +111,10 @@ class ZWatch:
 
     Read with care: a layer has one watch, the one that was made last. Under torch.distributed all
     processes must ask for the mean together, and train one model. A decoder is found as the models
-    of transformers name it; in any other model one mask holds for all inputs of its shape.
+    of transformers name it; in any other model one mask holds for all inputs of its shape. What is
+    run in training mode counts, with a gradient or without: evaluate in evaluation mode, or under
+    torch.inference_mode. Of a function that torch.compile has compiled as a whole, gradient
+    checkpointing around it cannot be told: compile layers, or checkpoint inside it.
     """
 
     def __init__(self, layers: list[RankOneComponents]):
@@ -120,10 +136,11 @@ class ZWatch:
 
     def stop(self) -> None:
         """Leave layers and models as if they had never been watched."""
-        self.on, self.mask, self.source_mask = False, None, None
-        self.source: Tensor | None = None  # the encoder's output, while a decoder reads it
-        self.reads_source = False  # whether that is what the layer now running sees
-        self.seen: dict[int, tuple[Tensor, bool]] = {}  # z and reads_source in this pass, by layer
+        self.on = False
+        self.batch = NO_BATCH  # what the followed model now running was called with
+        self.outer: list[Batch] = []  # the same of those that have called it
+        self.reads_source = False  # whether the layer now running sees the encoder's output
+        self.seen: dict[int, tuple[Tensor, Tensor | None]] = {}  # z and mask, by layer, this pass
         self.sums: tuple[Tensor, Tensor] | None = None  # of z², and of rows
         for layer, eye in zip(self.layers, self.eyes, strict=True):
             if layer.watch is eye:  # not that of a later watch
@@ -135,31 +152,30 @@ class ZWatch:
     def follow(self, model: nn.Module) -> None:
         """Leave out the padding of the batches that this model is called with."""
         self.models.append(model)
-        self._read_masks(model)
+        if self.on:
+            self._read_masks(model)
 
     def _read_masks(self, model: nn.Module) -> None:
         decoder = decoder_of(model)
         for part in (model, decoder) if decoder else (model,):
-            self.handles.append(part.register_forward_pre_hook(self._new_batch, with_kwargs=True))
-            self.handles.append(part.register_forward_hook(self._forget_source))
+            self.handles.append(part.register_forward_pre_hook(self._begin, with_kwargs=True))
+            self.handles.append(part.register_forward_hook(self._end, always_call=True))
         for layer in self.layers if decoder else ():
             self.handles.append(layer.register_forward_pre_hook(self._new_input))
 
-    def _new_batch(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._add_up()
+    def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if args:
-            names = inspect.signature(model.forward).parameters
+            names = inspect.signature(bare(model).forward).parameters
             kwargs = dict(zip(names, args, strict=False)) | kwargs
-        self.mask = kwargs.get("attention_mask")
-        # A decoder is called with these two.
-        self.source = kwargs.get("encoder_hidden_states")
-        self.source_mask = kwargs.get("encoder_attention_mask")
+        self.outer.append(self.batch)
+        self.batch = Batch(*map(kwargs.get, Batch._fields))
 
-    def _forget_source(self, *_: Any) -> None:
-        self.source, self.reads_source = None, False
+    def _end(self, *_: Any) -> None:
+        self.batch = self.outer.pop() if self.outer else NO_BATCH
+        self.reads_source = False
 
     def _new_input(self, layer: nn.Module, args: tuple) -> None:
-        self.reads_source = any(x is self.source for x in args)
+        self.reads_source = any(x is self.batch.encoder_hidden_states for x in args)
 
     @contextmanager
     def leave_out(self) -> Iterator[None]:
@@ -173,11 +189,13 @@ class ZWatch:
             self.counting = True
 
     def _see(self, i: int, z: Tensor) -> None:
-        if runs_again():
+        if runs_again() or torch.is_inference_mode_enabled():
             return
         if i in self.seen:  # the next pass has begun
             self._add_up()
-        self.seen[i] = z.detach(), self.reads_source
+        batch = self.batch
+        mask = batch.encoder_attention_mask if self.reads_source else batch.attention_mask
+        self.seen[i] = z.detach(), mask
 
     @torch.no_grad()
     def _add_up(self) -> None:
@@ -188,13 +206,15 @@ class ZWatch:
             c = torch.stack([layer.lora_c for layer in self.layers])  # (layers, ..., r)
             self.sums = torch.zeros_like(c), torch.zeros_like(c[..., 0])
         squares, rows = self.sums
-        by_shape: dict[tuple[torch.Size, bool], list[int]] = {}
-        for i, (z, of_source) in self.seen.items():
-            by_shape.setdefault((z.shape, of_source), []).append(i)
-        for (_, of_source), members in by_shape.items():
+        groups: dict[tuple[torch.Size, int], list[int]] = {}
+        for i, (z, mask) in self.seen.items():
+            groups.setdefault((z.shape, id(mask)), []).append(i)
+        for members in groups.values():
             z = torch.stack([self.seen[i][0] for i in members]).to(squares.dtype)
-            counts = self._counts(z[0], of_source).reshape(*rows.shape[1:], -1, 1)  # (..., rows, 1)
-            z = z.reshape(len(z), *counts.shape[:-1], -1)  # (layers, ..., rows, r)
+            mask = self.seen[members[0]][1] if self.counting else None
+            each = z[0].numel() // squares[0].numel()  # rows of one replica, or of the one model
+            counts = self._counts(z[0], mask).reshape(*rows.shape[1:], each, 1)
+            z = z.reshape(len(z), *rows.shape[1:], each, squares.shape[-1])
             # Not a product: 0 times an infinite z² would be NaN.
             more = list(torch.where(counts, z.square(), 0.0).sum(dim=-2))
             torch._foreach_add_([squares[i] for i in members], more)
@@ -202,12 +222,14 @@ class ZWatch:
             torch._foreach_add_([rows[i] for i in members], more)
         self.seen = {}
 
-    def _counts(self, z: Tensor, of_source: bool) -> Tensor:
+    def _counts(self, z: Tensor, mask: Tensor | None) -> Tensor:
         """True for each row of z (*places, r) that counts, False for padding: (*places)."""
-        mask = self.source_mask if of_source else self.mask
-        if self.counting and mask is not None and mask.shape == z.shape[:-1]:
-            return mask.to(z.device, torch.bool)
-        return torch.full_like(z[..., 0], self.counting, dtype=torch.bool)
+        places = z.shape[:-1]
+        if mask is not None and mask.dim() in (2, 3):
+            by_row = mask.flatten(0, -2)  # (batch · choices, length)
+            if places in (by_row.shape, mask.flatten().shape):
+                return by_row.reshape(places).to(z.device, torch.bool)
+        return torch.full(places, self.counting, dtype=torch.bool, device=z.device)
 
     @torch.no_grad()
     def mean(self) -> tuple[Tensor, ...]:
@@ -340,6 +362,12 @@ def unreached(layers: dict[str, Any]) -> set[str]:
     return without if len(without) < len(layers) else set()
 
 
+def _listed(names: Sequence[str]) -> str:
+    """At most three names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
 def _kind(name: str) -> str:
     """The last word of a name: what the layer is, in whichever block. "h.0.q" -> "q"."""
     return next((part for part in reversed(name.split(".")) if not part.isdigit()), "")
@@ -377,7 +405,8 @@ class RankAllocator:
     is read. With `uniform` every layer keeps the same number of components, its own best: a control
     that prunes as much at every event and distributes nothing (see spread_evenly). Raises
     ValueError for a model without adapted layers or with another number of components than the
-    schedule starts from, for an unknown score, and for beta outside [0, 1).
+    schedule starts from, for an unknown score, for beta outside [0, 1), and for a `uniform` that is
+    neither True nor False.
 
     Read with care: once pruning has ended, zeros must be written again after every optimizer step.
     The gradient of a c at zero is not zero, and AdamW also remembers past gradients: either moves
@@ -399,6 +428,8 @@ class RankAllocator:
         if not self.layers:
             raise ValueError("the adapter has no layer")
         check_scoring(score, beta)
+        if not isinstance(uniform, bool):
+            raise ValueError(f"uniform = {uniform!r}: must be True or False")
         self.sizes = [layer.lora_c.numel() for layer in self.layers.values()]
         for r in self.sizes:
             if r != schedule.init_r:
@@ -439,20 +470,20 @@ class RankAllocator:
         """Lines 7-9 of Algorithm 1, after optimizer step number global_step.
 
         Raises ValueError if steps are left out or repeated, since the last event would be missed;
-        and naming the layers that no gradient reaches: they would take a share of the budget.
+        and naming the layers that are frozen or that no gradient reaches: they would take a share
+        of the budget.
         Raises Diverged, before any mask has changed, if a score is NaN or infinite at a pruning
         step.
         """
         check_next_step(global_step, self.last_step)
         self._check_reached(global_step)
         self.last_step = global_step
+        if self.watch and self.watch.on and self.smooths and global_step > self.schedule.t_end:
+            self.watch.stop()  # of a state that was loaded: its last event was long ago
         if self.schedule.pruning_ended(global_step):
-            if self.watch and self.watch.on and self.smooths:
-                self.watch.stop()
             return zero_pruned(self.layers)
         if self.smooths:
-            scores = self.scores()
-            self.ema = ema_update(self.ema.to(scores), scores, self.beta)
+            self._smooth()
         if self.schedule.prunes_at(global_step):
             scores = self.ema
             if self.uniform:
@@ -460,6 +491,23 @@ class RankAllocator:
             keep = self.schedule.keep_count(global_step, len(scores))
             self._set_mask(select_components(scores, keep))
             zero_pruned(self.layers)
+        if self.watch and self.smooths and global_step == self.schedule.t_end:
+            self.watch.stop()
+
+    def _smooth(self) -> None:
+        """Eq. 8. A step whose gradients overflowed, which a GradScaler skips, counts for nothing.
+
+        That concerns scores of c_grad. Where c itself is not finite, the run has diverged: such
+        scores do count, so that the next event can say so.
+        """
+        scores = self.scores()
+        smoothed = ema_update(self.ema.to(scores), scores, self.beta)
+        if "c_grad" in self.needs:
+            cs = torch.stack([layer.lora_c for layer in self.layers.values()])
+            gradients = torch.stack(c_gradients(self.layers))
+            skipped = cs.isfinite().all() & ~gradients.isfinite().all()
+            smoothed = torch.where(skipped, self.ema.to(scores), smoothed)
+        self.ema = smoothed
 
     def _check_reached(self, step: int) -> None:
         """Refuse layers that no gradient reaches, before any component is taken away.
@@ -469,6 +517,12 @@ class RankAllocator:
         """
         if step > self.first_event:
             return
+        cs = {name: layer.lora_c for name, layer in self.layers.items()}
+        if frozen := [n for n, c in cs.items() if not c.requires_grad and c.grad is None]:
+            raise ValueError(
+                f"lora_c of {_listed(frozen)} is frozen (requires_grad is False): such components "
+                "keep their place in the budget for nothing. Train them, or leave the layers out"
+            )
         without = unreached(self.layers)
         self.waiting &= without
         reached = {_kind(name) for name in self.layers.keys() - without}
@@ -476,9 +530,8 @@ class RankAllocator:
         if step < self.first_event:
             passed_by = [n for n in passed_by if step == 1 and _kind(n) not in reached]
         if passed_by:
-            more = f" and {len(passed_by) - 3} more" if len(passed_by) > 3 else ""
             raise ValueError(
-                f"no gradient reaches {', '.join(passed_by[:3])}{more}: the model does not call "
+                f"no gradient reaches {_listed(passed_by)}: the model does not call "
                 "such a layer (a fused kernel may read its weight), and its components would take "
                 "a share of the budget for nothing. Leave it out of target_modules"
             )
@@ -596,8 +649,11 @@ class AllocatorState(StaysFloat32):
             self.register_buffer("generator", start.to(device))
         self.allocator: RankAllocator | None = None
         self.watch: ZWatch | None = None
-        if "z_square" in needs(SCORES[config.score]) and not config.inference_mode:
+        self.trains = not config.inference_mode
+        if "z_square" in needs(SCORES[config.score]):
             self.watch = ZWatch(list(layers.values()))
+            if not self.trains:
+                self.watch.stop()
         self.found_total_step = False  # whether a trainer has filled it in
         self.dem_counted: set[str] = set()  # who added Eq. 10 to the gradients of this step
         self.register_load_state_dict_post_hook(_forget)
@@ -605,7 +661,7 @@ class AllocatorState(StaysFloat32):
     def forget(self) -> None:
         """Make the allocator anew, from the buffers, when it is next asked for."""
         self.allocator = None
-        if self.watch:
+        if self.watch and self.trains:
             self.watch.start()
 
     def resume(self, layers: dict[str, RankOneComponents], config: DrLoraConfig) -> RankAllocator:
@@ -628,7 +684,9 @@ class AllocatorState(StaysFloat32):
             allocator.ema = self.ema.clone()
             if hasattr(self, "generator"):
                 allocator.generator.set_state(self.generator.cpu())
-        self.allocator = allocator
+        if self.watch and not self.trains and allocator.last_step < allocator.schedule.t_end:
+            self.watch.start()  # what was loaded for inference is trained after all
+        self.trains, self.allocator = True, allocator
         return allocator
 
     def count_dem(self, penalty: Tensor, by: str) -> Tensor:

@@ -14,6 +14,7 @@
 
 import math
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 from peft.config import PeftConfig
@@ -63,14 +64,14 @@ class BudgetSchedule:
     curve: str = "paper"
 
     def __post_init__(self) -> None:
-        T = self.total_steps
+        T = self._check("total_steps")
         for name, default in (("tinit", 15 * T // 100), ("tfinal", T // 2)):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)  # the dataclass is frozen from here on
-        for name in ("init_r", "target_r", "total_steps", "tinit", "tfinal", "deltaT"):
-            value, least = getattr(self, name), 0 if name in ("tinit", "tfinal") else 1
-            if value != int(value) or value < least:
-                raise ValueError(f"{name} = {value}: must be a whole number, at least {least}")
+        for name in ("init_r", "target_r", "deltaT"):
+            self._check(name)
+        for name in ("tinit", "tfinal"):
+            self._check(name, least=0)
         if self.target_r > self.init_r:
             raise ValueError(
                 f"target_r = {self.target_r} is above init_r = {self.init_r}: components are only "
@@ -83,6 +84,15 @@ class BudgetSchedule:
             )
         if self.curve not in CURVES:
             raise ValueError(f"curve = {self.curve!r}: must be one of {', '.join(CURVES)}")
+
+    def _check(self, name: str, least: int = 1) -> int:
+        """This number as an int (100.0 is 100); raises ValueError unless it is one."""
+        value = getattr(self, name)
+        number = isinstance(value, Real) and math.isfinite(value) and not isinstance(value, bool)
+        if not number or value != int(value) or value < least:
+            raise ValueError(f"{name} = {value!r}: must be a whole number, at least {least}")
+        object.__setattr__(self, name, int(value))
+        return int(value)
 
     @property
     def t_end(self) -> int:

@@ -344,6 +344,9 @@ class DrLoraModel(BaseTuner):
     ):
         if merge:
             self._check_merge(adapter_names)
+        for name in self.peft_config:  # the model that is left must not be watched
+            if watch := self.memory(name).watch:
+                watch.stop()
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _check_merge(self, adapter_names: list[str] | None) -> None:

@@ -13,6 +13,7 @@
 """How much each rank-1 component matters, and the average of it over steps."""
 
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -169,8 +170,10 @@ def ema_update(previous: Tensor, current: Tensor, beta: float = 0.9) -> Tensor:
 
 
 def check_scoring(score: str | Callable, beta: float) -> None:
-    """Raise ValueError for a score that has no such name, or a beta outside [0, 1)."""
+    """Raise ValueError for a score that is no name and no function, or a beta outside [0, 1)."""
     if isinstance(score, str) and score not in SCORES:
         raise ValueError(f"score = {score!r}: must be one of {', '.join(SCORES)}")
-    if not 0 <= beta < 1:
-        raise ValueError(f"beta = {beta}: must be at least 0 and less than 1")
+    if not isinstance(score, str) and not callable(score):
+        raise ValueError(f"score = {score!r}: must be a function or one of {', '.join(SCORES)}")
+    if not isinstance(beta, Real) or not 0 <= beta < 1:
+        raise ValueError(f"beta = {beta!r}: must be at least 0 and less than 1")
