@@ -3,6 +3,7 @@
 import functools
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from numbers import Real
@@ -249,6 +250,7 @@ class RankAllocator:
         self.last_step = 0
         self.smooths = True  # False: the training step does so itself, as a captured one
         self.ema = torch.zeros(sum(self.sizes))
+        self.counted = torch.tensor(False)  # whether any step was smoothed, not skipped
         self.waiting = set(self.layers)  # for a first gradient
         self.first_event = next(t for t in itertools.count(1) if schedule.prunes_at(t))
 
@@ -281,14 +283,14 @@ class RankAllocator:
         check_next_step(global_step, self.last_step)
         self._check_reached(global_step)
         self.last_step = global_step
-        if self.watch and self.watch.on and self.smooths and global_step > self.schedule.t_end:
-            self.watch.stop()  # of a state that was loaded: its last event was long ago
         if self.schedule.pruning_ended(global_step):
             return zero_pruned(self.layers)
         if self.smooths:
             self._smooth()
         if self.schedule.prunes_at(global_step):
             scores = self.ema
+            if self.needs and self.smooths:
+                scores = scores.where(self.counted, math.nan)
             if self.uniform:
                 scores = spread_evenly(scores.view(len(self.layers), -1))
             keep = self.schedule.keep_count(global_step, len(scores))
@@ -300,17 +302,24 @@ class RankAllocator:
     def _smooth(self) -> None:
         """Eq. 8. A step whose gradients overflowed, which a GradScaler skips, counts for nothing.
 
-        That concerns scores of c_grad. Where c itself is not finite, the run has diverged: such
-        scores do count, so that the next event can say so.
+        That concerns scores of what the step has seen, z_square and c_grad. Where c itself is not
+        finite, or no step has ever counted, the run has diverged, and the next event says so.
         """
         scores = self.scores()
         smoothed = ema_update(self.ema.to(scores), scores, self.beta)
-        if "c_grad" in self.needs:
-            cs = torch.stack([layer.lora_c for layer in self.layers.values()])
-            gradients = torch.stack(c_gradients(self.layers))
-            skipped = cs.isfinite().all() & ~gradients.isfinite().all()
+        if self.needs:
+            skipped = self._skipped().to(scores.device)
             smoothed = torch.where(skipped, self.ema.to(scores), smoothed)
+            self.counted = self.counted.to(scores.device) | ~skipped
         self.ema = smoothed
+
+    def _skipped(self) -> Tensor:
+        """Whether a gradient of some c is not finite, and every c is: a bool without a wait."""
+        cs: list[Tensor] = [layer.lora_c for layer in self.layers.values()]
+        gradients = [c.grad for c in cs if c.grad is not None]
+        if not gradients:
+            return torch.tensor(False)
+        return torch.stack(cs).isfinite().all() & ~torch.stack(gradients).isfinite().all()
 
     def _check_reached(self, step: int) -> None:
         """Refuse layers that no gradient reaches, before any component is taken away.
@@ -318,14 +327,15 @@ class RankAllocator:
         At the first step, where that is so for all layers of one name. A layer may also be skipped
         at random (layerdrop, experts): it has time until the first pruning event.
         """
-        if step > self.first_event:
+        if step > self.first_event and not self.schedule.prunes_at(step):
             return
-        cs = {name: layer.lora_c for name, layer in self.layers.items()}
-        if frozen := [n for n, c in cs.items() if not c.requires_grad and c.grad is None]:
+        if frozen := [n for n, layer in self.layers.items() if not layer.lora_c.requires_grad]:
             raise ValueError(
                 f"lora_c of {_listed(frozen)} is frozen (requires_grad is False): such components "
                 "keep their place in the budget for nothing. Train them, or leave the layers out"
             )
+        if step > self.first_event:
+            return
         without = unreached(self.layers)
         self.waiting &= without
         reached = {_kind(name) for name in self.layers.keys() - without}
@@ -386,5 +396,6 @@ class RankAllocator:
         self.last_step = state["last_step"]
         self.generator.set_state(state["generator"].cpu())
         self._set_mask(state["mask"])
+        self.counted.fill_(self.last_step > 0)
         if self.watch:
-            self.watch.start()
+            (self.watch.start if self.last_step < self.schedule.t_end else self.watch.stop)()

@@ -8,6 +8,7 @@ from torch import nn
 
 from drlora_ref.layer import DynamicLoRALinear, bare, dynamic_layers
 from drlora_ref.precision import train_in_float32
+from drlora_ref.watch import stop_watching
 
 
 class BaseModel(NamedTuple):
@@ -294,6 +295,7 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     ours = {n: m for n, m in inside.named_modules() if isinstance(m, DynamicLoRALinear)}
     if len(ours) < len(dynamic_layers(model)):
         raise TypeError("merge_adapters is for inject_adapters; PEFT's model: merge_and_unload()")
+    stop_watching(ours.values())
     for name, layer in ours.items():
         inside.set_submodule(name, layer.merge())
     return model

@@ -85,7 +85,7 @@ def stacked_layers(n_maps: int, dim: int, r: int) -> tuple[nn.ModuleList, dict[s
     for name in ("lora_A", "lora_B", "lora_c"):
         stacks[name] = nn.Parameter(torch.stack([getattr(layer, name).data for layer in layers]))
         for layer, window in zip(layers, stacks[name].data, strict=True):
-            setattr(layer, name, nn.Parameter(window, requires_grad=False))
+            setattr(layer, name, nn.Parameter(window, requires_grad=name == "lora_c"))
     stacks["lora_c"].grad = torch.zeros(n_maps, r)
     for layer, window in zip(layers, stacks["lora_c"].grad, strict=True):
         layer.lora_c.grad = window

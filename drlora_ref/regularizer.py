@@ -140,7 +140,7 @@ def penalty_function(penalty: str | Callable) -> Callable[[Tensor, Tensor], Tens
     """
     if callable(penalty):
         return penalty
-    if penalty not in PENALTIES:
+    if not isinstance(penalty, str) or penalty not in PENALTIES:
         raise ValueError(f"penalty = {penalty!r}: must be one of {', '.join(PENALTIES)}")
     return PENALTIES[penalty]
 

@@ -1,8 +1,7 @@
 """Eq. 9: how many components are left at each step."""
 
-import math
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 # The share of the prunable budget that is gone after k of P pruning steps, times P³ (so: an int).
@@ -52,14 +51,14 @@ class BudgetSchedule:
     curve: str = "paper"
 
     def __post_init__(self) -> None:
-        T = self._check("total_steps")
+        T = self._make_whole("total_steps")
         for name, default in (("tinit", 15 * T // 100), ("tfinal", T // 2)):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)  # the dataclass is frozen from here on
         for name in ("init_r", "target_r", "deltaT"):
-            self._check(name)
+            self._make_whole(name)
         for name in ("tinit", "tfinal"):
-            self._check(name, least=0)
+            self._make_whole(name, least=0)
         if self.target_r > self.init_r:
             raise ValueError(
                 f"target_r = {self.target_r} is above init_r = {self.init_r}: components are only "
@@ -70,14 +69,14 @@ class BudgetSchedule:
                 f"tinit + tfinal = {self.tinit} + {self.tfinal} leaves no step to prune in: "
                 f"it must be less than total_steps = {T}"
             )
-        if self.curve not in CURVES:
+        if not isinstance(self.curve, str) or self.curve not in CURVES:
             raise ValueError(f"curve = {self.curve!r}: must be one of {', '.join(CURVES)}")
 
-    def _check(self, name: str, least: int = 1) -> int:
-        """This number as an int (100.0 is 100); raises ValueError unless it is one."""
+    def _make_whole(self, name: str, least: int = 1) -> int:
+        """Replace a number such as 100.0 by its int; raises ValueError for any other value."""
         value = getattr(self, name)
-        number = isinstance(value, Real) and math.isfinite(value) and not isinstance(value, bool)
-        if not number or value != int(value) or value < least:
+        whole = isinstance(value, Integral) or (isinstance(value, Real) and value % 1 == 0)
+        if not whole or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} = {value!r}: must be a whole number, at least {least}")
         object.__setattr__(self, name, int(value))
         return int(value)

@@ -2,7 +2,8 @@
 
 import functools
 import inspect
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -52,8 +53,8 @@ class ZWatch:
     processes must ask for the mean together, and train one model. A decoder is found as the models
     of transformers name it; in any other model one mask holds for all inputs of its shape. What is
     run in training mode counts, with a gradient or without: evaluate in evaluation mode, or under
-    torch.inference_mode. Of a function that torch.compile has compiled as a whole, gradient
-    checkpointing around it cannot be told: compile layers, or checkpoint inside it.
+    torch.inference_mode. What torch.compile has compiled as a whole does not know either of the
+    latter, nor gradient checkpointing around it: compile layers, or checkpoint inside it.
 
     >>> from drlora_ref.layer import DynamicLoRALinear
     >>> layer = DynamicLoRALinear(nn.Linear(2, 2), r=2, lora_dropout=0.0)
@@ -115,6 +116,7 @@ class ZWatch:
         if args:
             names = inspect.signature(bare(model).forward).parameters
             kwargs = dict(zip(names, args, strict=False)) | kwargs
+        self._add_up()
         self.outer.append(self.batch)
         self.batch = Batch(*map(kwargs.get, Batch._fields))
 
@@ -137,7 +139,7 @@ class ZWatch:
             self.counting = True
 
     def _see(self, i: int, z: Tensor) -> None:
-        if runs_again() or torch.is_inference_mode_enabled():
+        if of_no_step():
             return
         if i in self.seen:  # the next pass has begun
             self._add_up()
@@ -173,10 +175,8 @@ class ZWatch:
     def _counts(self, z: Tensor, mask: Tensor | None) -> Tensor:
         """True for each row of z (*places, r) that counts, False for padding: (*places)."""
         places = z.shape[:-1]
-        if mask is not None and mask.dim() in (2, 3):
-            by_row = mask.flatten(0, -2)  # (batch · choices, length)
-            if places in (by_row.shape, mask.flatten().shape):
-                return by_row.reshape(places).to(z.device, torch.bool)
+        if mask is not None and places in _shapes_of(mask):
+            return mask.reshape(places).to(z.device, torch.bool)
         return torch.full(places, self.counting, dtype=torch.bool, device=z.device)
 
     @torch.no_grad()
@@ -186,6 +186,7 @@ class ZWatch:
         Raises ValueError if no layer was seen at all.
         """
         self._add_up()
+        self.batch, self.outer = NO_BATCH, []  # of a pass that was interrupted
         if self.sums is None:
             raise ValueError(
                 "no layer was seen: make the allocator before the forward pass, run that in "
@@ -211,11 +212,36 @@ def decoder_of(model: nn.Module) -> nn.Module | None:
     return cast(Any, model).get_decoder() if has_one and hasattr(model, "get_decoder") else None
 
 
-def runs_again() -> bool:
-    """Whether the backward pass is running a forward pass again, as gradient checkpointing does.
+def _shapes_of(mask: Tensor) -> list[tuple[int, ...]]:
+    """What the rows of an input may be shaped like to be those that the mask speaks of.
 
-    >>> runs_again()
+    Not flattened is a mask of floats in three dimensions or more: such a one is added to scores of
+    attention, and 0 means that a row counts.
+    """
+    *batches, length = mask.shape
+    shapes = [tuple(mask.shape)]
+    if mask.dim() < 3 or (mask.dim() == 3 and not mask.is_floating_point()):
+        shapes += [(math.prod(batches), length), (mask.numel(),)]
+    return shapes
+
+
+def stop_watching(layers: Iterable[RankOneComponents]) -> None:
+    """Stop the watches of these layers: nothing of them is left on layers or models."""
+    for layer in layers:
+        if isinstance(layer.watch, functools.partial):  # an eye: a method of its watch
+            cast(Any, layer.watch.func).__self__.stop()
+
+
+def of_no_step() -> bool:
+    """Whether a forward pass is no part of a training step's first run through the model.
+
+    That is so under torch.inference_mode, and where the backward pass runs a forward pass again, as
+    gradient checkpointing does. What torch.compile has compiled cannot ask, and says no.
+
+    >>> of_no_step()
     False
     """
-    # torch has no public name for it. What torch.compile has compiled cannot ask.
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    if torch.compiler.is_compiling():
+        return False
+    # torch has no public name for the second question.
+    return torch.is_inference_mode_enabled() or torch._C._current_graph_task_id() != -1

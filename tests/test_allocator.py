@@ -407,9 +407,25 @@ def test_frozen_components_are_refused_at_the_first_step(frozen, score):
         allocator.step(1)
 
 
-def test_a_step_that_a_grad_scaler_skips_counts_for_nothing():
+def test_components_that_are_frozen_later_are_refused_at_the_next_event():
     model = layers_of_two_shapes()
-    allocator = RankAllocator(model, SCHEDULE, score="loss_sensitivity")
+    allocator = RankAllocator(model, SCHEDULE)
+    optimizer, one_step, _ = training(model)
+    for step in range(1, 8):
+        one_step()
+        allocator.step(step)
+    optimizer.zero_grad(set_to_none=False)
+    model[0].lora_c.requires_grad_(False)
+    for step in range(8, 11):
+        allocator.step(step)
+    with pytest.raises(ValueError, match="lora_c of 0 is frozen"):
+        allocator.step(11)
+
+
+@pytest.mark.parametrize("score", ["loss_sensitivity", "output_norm"])
+def test_a_step_that_a_grad_scaler_skips_counts_for_nothing(score):
+    model = layers_of_two_shapes()
+    allocator = RankAllocator(model, SCHEDULE, score=score)
     _, one_step, _ = training(model)
     cs = [layer.lora_c for layer in dynamic_layers(model).values()]
     for step in range(1, 21):
@@ -420,6 +436,19 @@ def test_a_step_that_a_grad_scaler_skips_counts_for_nothing():
         allocator.step(step)
         assert torch.equal(allocator.ema, before) == (step in (3, 6, 7))
     assert allocator.mask.sum() == SCHEDULE.target_r * len(cs)
+
+
+@pytest.mark.parametrize("score", ["loss_sensitivity", "output_norm"])
+def test_where_every_step_was_skipped_there_is_nothing_to_select_by(score):
+    model = layers_of_two_shapes()
+    allocator = RankAllocator(model, SCHEDULE, score=score)
+    _, one_step, _ = training(model)
+    with pytest.raises(Diverged):
+        for step in range(1, 7):
+            one_step()
+            model[0].lora_c.grad[1] = float("nan")
+            allocator.step(step)
+    assert allocator.last_step == 6 and allocator.mask.all()
 
 
 def test_gradients_of_a_run_that_has_diverged_do_count():

@@ -599,6 +599,8 @@ def test_of_a_loss_the_lowest_is_the_best(frame):
         {"data": None},
         {"parameters": []},
         {"total_steps": "100"},
+        {"total_steps": 0},
+        {"total_steps": True},
         {"best": "high"},
         {"trainable_parameters": 7},
     ],
@@ -614,3 +616,22 @@ def test_maps_that_somebody_wrote_are_told_apart_by_what_is_in_them(frame):
         run["rank_map"] = {"source": "file map.yaml", "sha256": sha256}
     with pytest.raises(ValueError, match="differ in rank_map_file: aaaa and bbbb"):
         summarise(frame(*runs))
+
+
+def test_rates_that_were_tried_otherwise_are_no_choice(frame):
+    runs = [record("lora", 0, learning_rate=rate) for rate in (1e-3, 1e-2)]
+    runs[1]["model"]["sha256"] = "other"
+    with pytest.raises(ValueError, match="differ in model_sha256"):
+        choose(frame(*runs))
+
+
+def test_a_cost_may_be_compared_however_the_score_was_taken(frame):
+    found = frame(record("lora", 0), record("drlora", 0, scoring="authors"))
+    assert paired_difference(found, value="seconds")["mean"].item() == 0
+
+
+def test_losses_and_scores_are_not_ranked_together(frame):
+    found = frame(record("lora", 0), record("drlora", 0))
+    mixed = pd.concat([summarise(found), summarise(found, value="seconds")])
+    with pytest.raises(ValueError, match="best when high, others when low"):
+        mean_ranks(mixed.assign(task=mixed.task + mixed.metric, budget=""))

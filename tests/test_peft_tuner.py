@@ -139,7 +139,7 @@ def test_training_that_stops_and_loads_goes_on_as_if_it_had_not(tmp_path):
 @pytest.mark.parametrize("is_trainable", [True, False])
 def test_what_was_loaded_for_inference_can_be_trained_after_all(is_trainable, tmp_path):
     """The score of the answers then leaves out padding, as it does without the detour."""
-    model = adapted(total_step=STEPS, score="output_norm", lora_dropout=0.0)
+    model = adapted(total_step=STEPS, score="output_norm", lora_dropout=0.0, dem_weight=0.0)
     for part in model.modules():
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.0
@@ -156,9 +156,9 @@ def test_what_was_loaded_for_inference_can_be_trained_after_all(is_trainable, tm
     padded["attention_mask"][:, 3:] = 0
     averages = []
     for tuned in (model.train(), loaded.train()):
-        tuned.base_model.allocator()
-        tuned(**padded).loss.backward()
-        tuned.base_model.allocator().step(4)
+        for part in (padded, batch()):  # the allocator is not made before the first of them
+            tuned(**part).loss.backward()
+        tuned.update_and_allocate(4)
         averages.append(tuned.base_model.allocator().ema)
     torch.testing.assert_close(*averages)
 
@@ -176,6 +176,15 @@ def test_the_model_that_is_left_is_not_watched(leave):
     if leave == "merge_and_unload":
         train(model, STEPS - 2, first=3)
     assert not hooks_of_a_watch(getattr(model, leave)())
+
+
+def test_a_merge_that_fails_leaves_the_watch():
+    model = adapted(total_step=STEPS, init_r=2, target_r=2, score="output_norm")
+    train(model, 1)
+    next(iter(model.base_model.adapted_layers().values())).lora_B.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        model.merge_and_unload(safe_merge=True)
+    assert hooks_of_a_watch(model)
 
 
 def test_loading_into_a_live_model_replaces_its_allocator(trained, tmp_path):

@@ -376,6 +376,13 @@ def test_figure_2_has_one_map_for_each_budget():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("largest, ends", [(None, [2, 4]), (6, [6, 6])])
+def test_rank_maps_have_their_own_scales_or_one(largest, ends):
+    of = {str(r): {"encoder.layer.0.attention.self.query": r} for r in (2, 4)}
+    figure = plotting.plot_rank_heatmaps(of, largest=largest)
+    assert [ax.images[0].get_clim() for ax in figure.axes if ax.images] == [(0, e) for e in ends]
+
+
 def test_a_rank_map_is_in_the_papers_order_whatever_the_records():
     names = ("attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense")
     pattern = {f"encoder.layer.{i}.{name}": i for i in range(12) for name in names}

@@ -92,6 +92,8 @@ def test_defaults_are_15_and_50_percent_of_all_steps():
         (dict(tinit=-1), "tinit = -1"),
         (dict(total_steps=0), "total_steps = 0"),
         (dict(tinit=60, tfinal=40), "tinit [+] tfinal = 60 [+] 40 .* less than total_steps = 100"),
+        (dict(init_r=10**400, target_r=10**401), "is above init_r"),
+        (dict(curve=[]), r"curve = \[\]: must be one of paper, adalora"),
         (dict(curve="linear"), "curve = 'linear': must be one of paper, adalora"),
     ],
 )

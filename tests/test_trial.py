@@ -103,7 +103,8 @@ def test_the_questions_without_records_are_listed_with_the_command_that_makes_th
             "is its layer as good as LoRA's?", "is removing as good as keeping all?",
             "is one cut as good as none?", "is one cut better than rank 2 at once?",
             "is Eq. 7's path better than one cut?", "is the norm's path better than one cut?",
-            "does it take training after the cut?", "does the path help, the map given?"]  # fmt: skip
+            "does it take training after the cut?",
+            "does the path help, the map given?"]  # fmt: skip
     listed = rest.splitlines()[: len(left) + 1]
     assert [line.strip() for line in listed[:-1]] == left and "?" not in listed[-1]
 
@@ -116,6 +117,5 @@ def test_the_tuning_is_shown_with_the_spread_between_its_cells(printed):
 
 def test_the_maps_of_every_score_are_held_against_permuted_ones_and_the_papers_claims(printed):
     assert "sets of maps agree more than permuted ones do" in printed
-    for score in ("frobenius_share", "random"):
-        assert f"drlora r=6→2 {score}, 3 maps" in printed
-    assert printed.count("early Wo: more") == 2
+    assert "drlora r=6→2 frobenius_share, 3 maps" in printed
+    assert printed.count("early Wo: more") == 1  # chance has no tendency

@@ -19,6 +19,7 @@ from drlora_ref import (
     ZWatch,
     dynamic_layers,
     inject_adapters,
+    merge_adapters,
     output_norms,
 )
 from drlora_ref.experiments.tasks.data import share
@@ -118,6 +119,28 @@ def test_rows_that_follow_one_another_have_the_mask_too():
     close(watch.mean(), mean_squares(model, x[mask]))
 
 
+@pytest.mark.parametrize(
+    "places, mask",
+    [
+        ((20,), torch.arange(20) < 7),
+        ((2, 2, 5), torch.arange(5).expand(2, 2, -1) < 3),
+        ((2, 2, 5), (torch.arange(5).expand(2, 2, -1) < 3).float()),
+    ],
+)
+def test_a_mask_of_the_shape_of_the_rows_is_theirs(places, mask):
+    model, x = Encoder(), batch().reshape(*places, 6)
+    watch = watched(model)
+    model(x, attention_mask=mask)
+    close(watch.mean(), mean_squares(model, x[mask.bool()]))
+
+
+def test_a_mask_that_is_added_to_scores_is_none_of_rows():
+    model, x, added = Encoder(), batch(), torch.zeros(4, 1, 5)  # 0: keep
+    watch = watched(model)
+    model(x, attention_mask=added)
+    close(watch.mean(), mean_squares(model, x))
+
+
 def test_the_choices_of_a_question_are_flattened_by_the_model_and_so_is_their_mask():
     from transformers import RobertaConfig, RobertaForMultipleChoice
 
@@ -148,6 +171,23 @@ def test_a_mask_ends_with_the_call_that_brought_it():
     close(watch.mean(), mean_squares(model, x))
 
 
+def test_a_pass_that_was_interrupted_leaves_no_mask_behind():
+    model, x, mask = Encoder(), batch(), torch.arange(5).expand(4, -1) < 2
+    watch = watched(model)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model.layers[2].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(x, attention_mask=mask)
+    handle.remove()
+    watch.mean()
+    for layer in model.layers:
+        layer(x)
+    close(watch.mean(), mean_squares(model, x))
+
+
 def test_a_call_that_failed_leaves_no_mask_behind():
     model, x, mask = Encoder(), batch(), torch.arange(5).expand(4, -1) < 2
     watch = watched(model)
@@ -165,6 +205,30 @@ def test_a_mask_given_by_place_is_found_through_a_wrapper(wrap):
     watch = watched(wrapped)
     wrapped(x, mask)
     close(watch.mean(), mean_squares(model, x[mask]))
+
+
+def test_a_watched_model_compiles_as_one_graph():
+    model, parts, mask = Encoder(), [batch(), batch()], torch.arange(5).expand(4, -1) < 2
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    watch = watched(model)
+    for _ in range(2):
+        for x in parts:
+            compiled(x, attention_mask=mask)
+        rows = torch.cat([x[mask] for x in parts])
+        close(watch.mean(), mean_squares(model, rows))
+
+
+@pytest.mark.parametrize("leave", ["merge", "freeze"])
+def test_a_layer_that_does_not_train_is_not_watched(leave):
+    model, x = Encoder(), batch()
+    watch = watched(model)
+    if leave == "merge":
+        plain = merge_adapters(model)
+        assert not watch.on and not plain._forward_pre_hooks and not plain._forward_hooks
+    else:
+        model.layers[0].lora_c.requires_grad_(False)
+        model(x)
+        assert not watch.mean()[0].any()
 
 
 def test_a_layer_that_gets_no_row_counts_none():

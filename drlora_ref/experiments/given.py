@@ -179,6 +179,8 @@ def parse_json(text: str, where: str) -> Any:
         if "\\ud" in text.lower():  # half of a character in two halves is JSON, but no text
             json.dumps(found, ensure_ascii=False).encode()
         return found
+    except _Twice as error:
+        raise ValueError(f"{where}: {error}") from None
     except RecursionError:
         raise ValueError(f"{where}: brackets within brackets, too many for a JSON file") from None
     except ValueError as error:
@@ -186,11 +188,15 @@ def parse_json(text: str, where: str) -> Any:
         raise ValueError(f"{where}: not JSON ({reason})") from None
 
 
+class _Twice(Exception):
+    """A name that comes twice in an object of JSON."""
+
+
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(name for name, times in Counter(n for n, _ in pairs).items() if times > 1)
-        raise ValueError(f"{shown(twice)} comes twice")
+        raise _Twice(f"{shown(twice)} comes twice")
     return found
 
 

@@ -196,11 +196,8 @@ class AllocatorState(StaysFloat32):
             self.register_buffer("generator", start.to(device))
         self.allocator: RankAllocator | None = None
         self.watch: ZWatch | None = None
-        self.trains = not config.inference_mode
         if "z_square" in needs(SCORES[config.score]):
             self.watch = ZWatch(list(layers.values()))
-            if not self.trains:
-                self.watch.stop()
         self.found_total_step = False  # whether a trainer has filled it in
         self.dem_counted: set[str] = set()  # who added Eq. 10 to the gradients of this step
         self.register_load_state_dict_post_hook(_forget)
@@ -208,7 +205,7 @@ class AllocatorState(StaysFloat32):
     def forget(self) -> None:
         """Make the allocator anew, from the buffers, when it is next asked for."""
         self.allocator = None
-        if self.watch and self.trains:
+        if self.watch:
             self.watch.start()
 
     def resume(
@@ -235,9 +232,10 @@ class AllocatorState(StaysFloat32):
             allocator.ema = self.ema.clone()
             if hasattr(self, "generator"):
                 allocator.generator.set_state(self.generator.cpu())
-        if self.watch and not self.trains and allocator.last_step < allocator.schedule.t_end:
-            self.watch.start()  # what was loaded for inference is trained after all
-        self.trains, self.allocator = True, allocator
+            allocator.counted.fill_(True)
+        if self.watch and allocator.last_step >= allocator.schedule.t_end:
+            self.watch.stop()
+        self.allocator = allocator
         return allocator
 
     def count_dem(self, penalty: Tensor, by: str) -> Tensor:

@@ -212,7 +212,8 @@ def plan(grid: Grid, out: Path) -> list[PlannedRun]:
     """
     sets, notebook = expand(grid), grid.get("notebook")
     taken = _taken(notebook, [chosen for _, chosen in sets])
-    best = _Best(grid, {chosen.get("seed", Settings.seed) for _, chosen in sets})
+    own_seeds = {chosen.get("seed", Settings.seed) for _, chosen in sets}
+    best = _Best(grid["best_of"], own_seeds) if "best_of" in grid else None
     settings = [_settings(label, chosen, best, taken) for label, chosen in sets]
     for maps in {one.rank_map for one in settings} - {""}:
         if out.resolve().is_relative_to(place(maps).resolve()):
@@ -296,7 +297,7 @@ def pack(runs: list[PlannedRun], replicas: int) -> list[list[PlannedRun]]:
     return packs
 
 
-def _settings(label: str, chosen: Parameters, best: "_Best", taken: set[str]) -> Settings:
+def _settings(label: str, chosen: Parameters, best: "_Best | None", taken: set[str]) -> Settings:
     """The settings of one run: the paper's, then the best ones, then what the grid says."""
     chosen = {"task": Settings.task, "method": Settings.method} | chosen
     pair = chosen["task"], chosen["method"]
@@ -306,7 +307,7 @@ def _settings(label: str, chosen: Parameters, best: "_Best", taken: set[str]) ->
             check_name("follow", chosen.pop("follow"), ["authors"])
             base |= paper.authors(str(chosen["task"]))
         given = base | chosen
-        settings = Settings(**base | best.of(given) | chosen)
+        settings = Settings(**base | (best.of(given) if best else {}) | chosen)
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from None
     for name, value in asdict(settings).items():
@@ -316,24 +317,23 @@ def _settings(label: str, chosen: Parameters, best: "_Best", taken: set[str]) ->
 
 
 class _Best:
-    """The values with the best mean score in a grid's `best_of`, chosen for what a run is."""
+    """The values with the best mean score in `best_of`, chosen for what a run is.
 
-    def __init__(self, grid: Grid, seeds: set[Value]):
-        self.names: list[str] = []
-        if "best_of" not in grid:
-            return
-        self.folder, self.names = grid["best_of"]["folder"], grid["best_of"]["parameter"]
-        self.by = grid["best_of"]["by"]
+    Raises FileNotFoundError without a record, ValueError for runs with the grid's own seeds and for
+    parameters that no run says. Says how many runs have not ended: it chooses without them.
+    """
+
+    def __init__(self, best_of: BestOf, seeds: set[Value]):
+        self.folder, self.names, self.by = best_of["folder"], best_of["parameter"], best_of["by"]
+        self.chosen: dict[Cell, Parameters] = {}
         try:
             self.runs = summaries.load(self.folder)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"best_of: {error}: run the grid that fills it first") from None
-        for path in sorted(place(self.folder).rglob(CHECKPOINT)):
-            if not (path.parent / "record.json").exists():
-                raise ValueError(
-                    f"best_of: {path.parent} has not ended: finish the grid that fills the folder, "
-                    "or take this run out"
-                )
+        begun = {path.parent for path in place(self.folder).rglob(CHECKPOINT)}
+        if begun := {folder for folder in begun if not (folder / "record.json").exists()}:
+            print(f"best_of: in {self.folder} {len(begun)} of the runs have not ended: the best "
+                  "values are chosen without them", flush=True)  # fmt: skip
         if both := sorted(seeds & set(self.runs.seed)):
             raise ValueError(
                 f"best_of: {self.folder} has runs with the seeds {both} too: what is chosen on a "
@@ -342,15 +342,12 @@ class _Best:
         columns = [_column(name) for name in (*self.by, *self.names)]
         if missing := [name for name in columns if name not in self.runs]:
             raise ValueError(f"best_of: no run in {self.folder} says its {', '.join(missing)}")
-        self.chosen: dict[Cell, Parameters] = {}
 
     def of(self, given: Parameters) -> Parameters:
-        """{parameter: the best value} for a run with these parameters; {} without `best_of`.
+        """{parameter: the best value} for a run with these parameters.
 
         Raises ValueError where the folder has no runs of that kind, or none to choose between.
         """
-        if not self.names:
-            return {}
         cell = tuple(given.get(name, getattr(Settings, name)) for name in self.by)
         if cell not in self.chosen:
             self.chosen[cell] = self._choose(cell)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pandas as pd
 import yaml
 
-from drlora_ref.experiments.given import check_name
+from drlora_ref.experiments.given import StrictLoader, check_name
 
 FILE = Path(__file__).with_name("claims.yaml")
 WHOSE = ("paper", "ours")
@@ -42,7 +42,7 @@ def claims() -> tuple[Claim, ...]:
     >>> [claim.status for claim in claims() if claim.id == "glue"]
     ['not run']
     """
-    entries = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    entries = yaml.load(FILE.read_text(encoding="utf-8"), StrictLoader)
     return tuple(Claim(**entry | {"evidence": tuple(entry["evidence"])}) for entry in entries)
 
 

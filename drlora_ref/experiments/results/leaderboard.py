@@ -9,7 +9,8 @@ from functools import cache
 from pathlib import Path
 
 import pandas as pd
-import yaml
+
+from drlora_ref.experiments.given import read_yaml
 
 FILE = Path(__file__).with_name("leaderboard.yaml")
 
@@ -17,7 +18,7 @@ FILE = Path(__file__).with_name("leaderboard.yaml")
 @cache
 def facts() -> dict:
     """The whole file: source, licence, folder, questions, seed; and what is read below."""
-    return yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    return read_yaml(FILE)
 
 
 def short_name(experiment: str) -> str:

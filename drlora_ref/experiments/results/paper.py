@@ -25,9 +25,8 @@ from functools import cache
 from pathlib import Path
 
 import pandas as pd
-import yaml
 
-from drlora_ref.experiments.given import check_name
+from drlora_ref.experiments.given import check_name, read_yaml
 from drlora_ref.experiments.methods import METHODS
 from drlora_ref.experiments.tasks.families import FAMILIES
 from drlora_ref.train import count_steps
@@ -39,7 +38,7 @@ TABLES = (1, 2, 3, 4, 5, 6, 7, 8, 9)
 
 @cache
 def _paper() -> dict:
-    return yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    return read_yaml(FILE)
 
 
 def settings(task: str, method: str, budget: str = "small") -> dict:

@@ -99,8 +99,10 @@ def mean_ranks(summary: pd.DataFrame, arm: str = "method") -> pd.DataFrame:
     [1.25, 1.75]
     """
     _check_tasks(summary, arm)
-    lowest = "metric" in summary and summary.metric.isin(LESS_IS_BETTER).all()
-    places = summary.groupby("task")["mean"].rank(ascending=lowest)
+    less = summary.metric.isin(LESS_IS_BETTER) if "metric" in summary else pd.Series([False])
+    if less.nunique() > 1:
+        raise ValueError("some figures are best when high, others when low: rank them apart")
+    places = summary.groupby("task")["mean"].rank(ascending=bool(less.all()))
     means = summary.assign(mean_rank=places).groupby(arm).mean_rank.agg(["mean", "size"])
     return means.rename(columns={"mean": "mean_rank", "size": "n"}).reset_index()
 

@@ -22,6 +22,7 @@ STATISTICS = ("mean", "std", "n", "ci_low", "ci_high")
 COSTS = ("surviving_components", "seconds", "peak_memory_mib")
 SAME_INPUTS = ("data_fingerprint", "model_sha256", "model_files", "train_size")
 SAME_YARDSTICK = ("metric_name", "scoring")
+SCORES = ("score", "best", "best_ever", "last", "holdout_score")  # columns of the task's metric
 LESS_IS_BETTER = ("final_loss", *COSTS)
 
 
@@ -65,7 +66,9 @@ def _find(folders: Iterable[str | Path]) -> Iterable[Path]:
 def _row_of(path: Path, each_at_its_best: bool) -> dict:
     try:
         return _row(path, each_at_its_best)
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        if str(path) in str(error):
+            raise
         raise ValueError(
             f"{path} is not the record of a run: something in it is of another kind "
             f"({type(error).__name__}: {screen(error)})"
@@ -285,10 +288,9 @@ def paired_difference(
     by = [by] if isinstance(by, str) else list(by)
     check_cells(frame, [*by, arm], value)
     check_baseline(baseline, frame[arm])
-    same = (*SAME_INPUTS, *SAME_YARDSTICK, *(["holdout"] if value == "holdout_score" else []))
     rows = []
     for key, cell in frame.groupby(by, dropna=False):
-        check_same(cell, ", ".join(map(str, key)), same)
+        check_same(cell, ", ".join(map(str, key)), _alike(value))
         scores = {name: runs.set_index("seed")[value] for name, runs in cell.groupby(arm)}
         base = scores.pop(baseline, pd.Series(dtype=float))
         for name, theirs in scores.items():
@@ -298,6 +300,12 @@ def paired_difference(
             rows.append({**cell_keys, **_statistics(pairs), "unpaired": unpaired})
     columns = [*by, arm, "baseline", *STATISTICS, "unpaired"]
     return _of_models(pd.DataFrame(rows, columns=columns), frame)
+
+
+def _alike(value: str) -> tuple[str, ...]:
+    """The columns in which runs must agree before this value of theirs is compared."""
+    held_out = ("holdout",) if value == "holdout_score" else ()
+    return (*SAME_INPUTS, *(SAME_YARDSTICK if value in SCORES else ()), *held_out)
 
 
 def choose(
@@ -313,8 +321,9 @@ def choose(
     cell is a tuple where `by` is a list.
 
     Read with care: the winner's score is flattered by having been picked. Report other seeds.
-    Raises ValueError as `summarise` does, where values were tried on unequal sets of seeds (the
-    best of more draws looks better), and where every run diverged: then none is best.
+    Raises ValueError as `summarise` does, for values that were tried on other models, data or by
+    another metric or on unequal sets of seeds (the best of more draws looks better), and where
+    every run diverged: then none is best.
     """
     keys = [by] if isinstance(by, str) else list(by)
     names = [parameter] if isinstance(parameter, str) else list(parameter)
@@ -322,6 +331,7 @@ def choose(
     chosen = {}
     for key, cell in frame.groupby(keys, dropna=False):
         key = key[0] if isinstance(by, str) else key
+        check_same(cell, str(key), [name for name in _alike(value) if name not in names])
         if (cell.status == "diverged").all():
             raise ValueError(f"{key}: every run diverged: no {' with '.join(names)} is the best")
         candidates = cell.groupby(names if len(names) > 1 else names[0], dropna=False)
@@ -354,7 +364,7 @@ def check_cells(frame: pd.DataFrame, keys: list[str], value: str) -> None:
     if "permute_map" in frame and "permute_map" not in keys:  # which permutation is each run's own
         word = frame.permute_map.gt(0).map({True: "permuted", False: "as it is"})
         frame = frame.assign(permute_map=word.where(frame.permute_map.notna()))
-    fixed = [n for n in (*parameters, *SAME_INPUTS, "rank_map_file") if n not in free]
+    fixed = [n for n in (*parameters, *_alike(value), "rank_map_file") if n not in free]
     for key, cell in frame.groupby(keys, dropna=False):
         where = ", ".join(f"{name} = {word}" for name, word in zip(keys, key, strict=True))
         check_same(cell, where, fixed)

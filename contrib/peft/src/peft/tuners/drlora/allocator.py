@@ -16,6 +16,7 @@ import functools
 import inspect
 import itertools
 import json
+import math
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -113,8 +114,8 @@ class ZWatch:
     processes must ask for the mean together, and train one model. A decoder is found as the models
     of transformers name it; in any other model one mask holds for all inputs of its shape. What is
     run in training mode counts, with a gradient or without: evaluate in evaluation mode, or under
-    torch.inference_mode. Of a function that torch.compile has compiled as a whole, gradient
-    checkpointing around it cannot be told: compile layers, or checkpoint inside it.
+    torch.inference_mode. What torch.compile has compiled as a whole does not know either of the
+    latter, nor gradient checkpointing around it: compile layers, or checkpoint inside it.
     """
 
     def __init__(self, layers: list[RankOneComponents]):
@@ -167,6 +168,7 @@ class ZWatch:
         if args:
             names = inspect.signature(bare(model).forward).parameters
             kwargs = dict(zip(names, args, strict=False)) | kwargs
+        self._add_up()
         self.outer.append(self.batch)
         self.batch = Batch(*map(kwargs.get, Batch._fields))
 
@@ -189,7 +191,7 @@ class ZWatch:
             self.counting = True
 
     def _see(self, i: int, z: Tensor) -> None:
-        if runs_again() or torch.is_inference_mode_enabled():
+        if of_no_step():
             return
         if i in self.seen:  # the next pass has begun
             self._add_up()
@@ -225,10 +227,8 @@ class ZWatch:
     def _counts(self, z: Tensor, mask: Tensor | None) -> Tensor:
         """True for each row of z (*places, r) that counts, False for padding: (*places)."""
         places = z.shape[:-1]
-        if mask is not None and mask.dim() in (2, 3):
-            by_row = mask.flatten(0, -2)  # (batch · choices, length)
-            if places in (by_row.shape, mask.flatten().shape):
-                return by_row.reshape(places).to(z.device, torch.bool)
+        if mask is not None and places in _shapes_of(mask):
+            return mask.reshape(places).to(z.device, torch.bool)
         return torch.full(places, self.counting, dtype=torch.bool, device=z.device)
 
     @torch.no_grad()
@@ -238,6 +238,7 @@ class ZWatch:
         Raises ValueError if no layer was seen at all.
         """
         self._add_up()
+        self.batch, self.outer = NO_BATCH, []  # of a pass that was interrupted
         if self.sums is None:
             raise ValueError(
                 "no layer was seen: make the allocator before the forward pass, run that in "
@@ -260,10 +261,29 @@ def decoder_of(model: nn.Module) -> nn.Module | None:
     return cast(Any, model).get_decoder() if has_one and hasattr(model, "get_decoder") else None
 
 
-def runs_again() -> bool:
-    """Whether the backward pass is running a forward pass again, as gradient checkpointing does."""
-    # torch has no public name for it. What torch.compile has compiled cannot ask.
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+def _shapes_of(mask: Tensor) -> list[tuple[int, ...]]:
+    """What the rows of an input may be shaped like to be those that the mask speaks of.
+
+    Not flattened is a mask of floats in three dimensions or more: such a one is added to scores of
+    attention, and 0 means that a row counts.
+    """
+    *batches, length = mask.shape
+    shapes = [tuple(mask.shape)]
+    if mask.dim() < 3 or (mask.dim() == 3 and not mask.is_floating_point()):
+        shapes += [(math.prod(batches), length), (mask.numel(),)]
+    return shapes
+
+
+def of_no_step() -> bool:
+    """Whether a forward pass is no part of a training step's first run through the model.
+
+    That is so under torch.inference_mode, and where the backward pass runs a forward pass again, as
+    gradient checkpointing does. What torch.compile has compiled cannot ask, and says no.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    # torch has no public name for the second question.
+    return torch.is_inference_mode_enabled() or torch._C._current_graph_task_id() != -1
 
 
 class Diverged(ValueError):
@@ -449,6 +469,7 @@ class RankAllocator:
         self.last_step = 0
         self.smooths = True  # False: the training step does so itself, as a captured one
         self.ema = torch.zeros(sum(self.sizes))
+        self.counted = torch.tensor(False)  # whether any step was smoothed, not skipped
         self.waiting = set(self.layers)  # for a first gradient
         self.first_event = next(t for t in itertools.count(1) if schedule.prunes_at(t))
 
@@ -478,14 +499,14 @@ class RankAllocator:
         check_next_step(global_step, self.last_step)
         self._check_reached(global_step)
         self.last_step = global_step
-        if self.watch and self.watch.on and self.smooths and global_step > self.schedule.t_end:
-            self.watch.stop()  # of a state that was loaded: its last event was long ago
         if self.schedule.pruning_ended(global_step):
             return zero_pruned(self.layers)
         if self.smooths:
             self._smooth()
         if self.schedule.prunes_at(global_step):
             scores = self.ema
+            if self.needs and self.smooths:
+                scores = scores.where(self.counted, math.nan)
             if self.uniform:
                 scores = spread_evenly(scores.view(len(self.layers), -1))
             keep = self.schedule.keep_count(global_step, len(scores))
@@ -497,17 +518,24 @@ class RankAllocator:
     def _smooth(self) -> None:
         """Eq. 8. A step whose gradients overflowed, which a GradScaler skips, counts for nothing.
 
-        That concerns scores of c_grad. Where c itself is not finite, the run has diverged: such
-        scores do count, so that the next event can say so.
+        That concerns scores of what the step has seen, z_square and c_grad. Where c itself is not
+        finite, or no step has ever counted, the run has diverged, and the next event says so.
         """
         scores = self.scores()
         smoothed = ema_update(self.ema.to(scores), scores, self.beta)
-        if "c_grad" in self.needs:
-            cs = torch.stack([layer.lora_c for layer in self.layers.values()])
-            gradients = torch.stack(c_gradients(self.layers))
-            skipped = cs.isfinite().all() & ~gradients.isfinite().all()
+        if self.needs:
+            skipped = self._skipped().to(scores.device)
             smoothed = torch.where(skipped, self.ema.to(scores), smoothed)
+            self.counted = self.counted.to(scores.device) | ~skipped
         self.ema = smoothed
+
+    def _skipped(self) -> Tensor:
+        """Whether a gradient of some c is not finite, and every c is: a bool without a wait."""
+        cs: list[Tensor] = [layer.lora_c for layer in self.layers.values()]
+        gradients = [c.grad for c in cs if c.grad is not None]
+        if not gradients:
+            return torch.tensor(False)
+        return torch.stack(cs).isfinite().all() & ~torch.stack(gradients).isfinite().all()
 
     def _check_reached(self, step: int) -> None:
         """Refuse layers that no gradient reaches, before any component is taken away.
@@ -515,14 +543,15 @@ class RankAllocator:
         At the first step, where that is so for all layers of one name. A layer may also be skipped
         at random (layerdrop, experts): it has time until the first pruning event.
         """
-        if step > self.first_event:
+        if step > self.first_event and not self.schedule.prunes_at(step):
             return
-        cs = {name: layer.lora_c for name, layer in self.layers.items()}
-        if frozen := [n for n, c in cs.items() if not c.requires_grad and c.grad is None]:
+        if frozen := [n for n, layer in self.layers.items() if not layer.lora_c.requires_grad]:
             raise ValueError(
                 f"lora_c of {_listed(frozen)} is frozen (requires_grad is False): such components "
                 "keep their place in the budget for nothing. Train them, or leave the layers out"
             )
+        if step > self.first_event:
+            return
         without = unreached(self.layers)
         self.waiting &= without
         reached = {_kind(name) for name in self.layers.keys() - without}
@@ -583,8 +612,9 @@ class RankAllocator:
         self.last_step = state["last_step"]
         self.generator.set_state(state["generator"].cpu())
         self._set_mask(state["mask"])
+        self.counted.fill_(self.last_step > 0)
         if self.watch:
-            self.watch.start()
+            (self.watch.start if self.last_step < self.schedule.t_end else self.watch.stop)()
 
 
 SHARDED = (
@@ -649,11 +679,8 @@ class AllocatorState(StaysFloat32):
             self.register_buffer("generator", start.to(device))
         self.allocator: RankAllocator | None = None
         self.watch: ZWatch | None = None
-        self.trains = not config.inference_mode
         if "z_square" in needs(SCORES[config.score]):
             self.watch = ZWatch(list(layers.values()))
-            if not self.trains:
-                self.watch.stop()
         self.found_total_step = False  # whether a trainer has filled it in
         self.dem_counted: set[str] = set()  # who added Eq. 10 to the gradients of this step
         self.register_load_state_dict_post_hook(_forget)
@@ -661,7 +688,7 @@ class AllocatorState(StaysFloat32):
     def forget(self) -> None:
         """Make the allocator anew, from the buffers, when it is next asked for."""
         self.allocator = None
-        if self.watch and self.trains:
+        if self.watch:
             self.watch.start()
 
     def resume(self, layers: dict[str, RankOneComponents], config: DrLoraConfig) -> RankAllocator:
@@ -684,9 +711,10 @@ class AllocatorState(StaysFloat32):
             allocator.ema = self.ema.clone()
             if hasattr(self, "generator"):
                 allocator.generator.set_state(self.generator.cpu())
-        if self.watch and not self.trains and allocator.last_step < allocator.schedule.t_end:
-            self.watch.start()  # what was loaded for inference is trained after all
-        self.trains, self.allocator = True, allocator
+            allocator.counted.fill_(True)
+        if self.watch and allocator.last_step >= allocator.schedule.t_end:
+            self.watch.stop()
+        self.allocator = allocator
         return allocator
 
     def count_dem(self, penalty: Tensor, by: str) -> Tensor:

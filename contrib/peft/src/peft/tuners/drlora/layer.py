@@ -85,7 +85,7 @@ class RankOneComponents(StaysFloat32):
 
     def forward(self, x: Tensor) -> Tensor:
         z = F.linear(self.lora_dropout(x.to(self.lora_A.dtype)), self.lora_A)  # (..., r)
-        if self.watch and self.training:
+        if self.watch and self.training and self.lora_c.requires_grad:
             self.watch(z)
         return F.linear(z * (self.scaling * self.lora_c), self.lora_B)  # (..., d_out)
 

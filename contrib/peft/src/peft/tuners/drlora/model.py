@@ -344,10 +344,12 @@ class DrLoraModel(BaseTuner):
     ):
         if merge:
             self._check_merge(adapter_names)
-        for name in self.peft_config:  # the model that is left must not be watched
-            if watch := self.memory(name).watch:
+        watches = [self.memory(name).watch for name in self.peft_config]
+        left = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        for watch in watches:
+            if watch:
                 watch.stop()
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        return left
 
     def _check_merge(self, adapter_names: list[str] | None) -> None:
         for name in adapter_names or self.active_adapters:
