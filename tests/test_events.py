@@ -63,7 +63,7 @@ def test_events_change_nothing_else_and_belong_to_the_record(whole_run, tmp_path
     assert plain["loss_curve"] == record["loss_curve"] and plain["events"] is None
     assert read_events(tmp_path) is None and not (tmp_path / "events.npz").exists()
     write_record(record, tmp_path, overwrite=True)
-    with pytest.raises(ValueError, match=r"events.npz is not the file that the record"):
+    with pytest.raises(ValueError, match=r"events.npz is missing: the record"):
         read_events(tmp_path)
 
 
