@@ -71,7 +71,7 @@ def test_each_frame_shows_its_event(names, planted_events):
 def test_the_last_frame_stays_and_the_film_can_be_saved(planted_events, tmp_path):
     e = planted_events
     two = Events(e.names, e.steps[-2:], e.scores[-2:], e.masks[-2:])
-    with matplotlib.rc_context({"savefig.dpi": "figure"}):  # a notebook's style has a dpi of its own
+    with matplotlib.rc_context({"savefig.dpi": "figure"}):  # not that of a notebook
         film = plotting.film(two, SCHEDULE, title="mine")
         film.save(tmp_path / "film.gif", writer="pillow", fps=2)
     with Image.open(tmp_path / "film.gif") as gif:
