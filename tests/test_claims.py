@@ -118,7 +118,7 @@ def other_penalties() -> bool:
 
 
 PAPER, ANSWERS = "drlora r=6→2 frobenius_share", "drlora r=6→2 output_norm"
-NORM = "drlora r=6→2 frobenius_norm"
+NORM, LAYER = "drlora r=6→2 frobenius_norm", "drlora r=6→6 frobenius_share"
 STEADY = "drlora r=6→2 random beta=0.999"
 GIVEN, PERMUTED = "lora r=2 given map", "lora r=2 permuted map"
 
@@ -197,6 +197,14 @@ def better_score() -> bool:
     return intervals == [(-0.3, 0.2), (-0.6, 0.1)]
 
 
+def the_layer() -> bool:
+    both = runs_of(LAYER, "lora r=6")
+    names = ("batch_size", "total_steps", "adapter_parameters")
+    same = all(both[name].nunique() == 1 for name in names)
+    intervals = trial_interval(LAYER, "lora r=6"), trial_interval(PAPER, LAYER)
+    return same and intervals == ((-1.4, -0.8), (-0.9, -0.4))
+
+
 def one_cut() -> bool:
     both = runs_of(PAPER, CUT)
     same = both.batch_size.nunique() == both.total_steps.nunique() == 1
@@ -260,6 +268,9 @@ IN_POINTS = {
     ("lora r=6", "lora r=2"): BOTH,
     (CUT, "lora r=6"): BOTH,
     (CUT, "lora r=2"): BOTH,
+    (LAYER, "lora r=6"): BOTH,
+    (PAPER, LAYER): BOTH,
+    (LAYER, "lora r=2"): BOTH[1:],
     (NORM, PAPER): BOTH,
     (NORM, CUT): BOTH[1:],
     (ANSWERS, PAPER): BOTH,
@@ -273,6 +284,8 @@ IN_LOSS = {
     (PAPER, "lora r=2"): BOTH,
     (PAPER, STEADY): BOTH,
     (PAPER, CUT): BOTH[1:],
+    (LAYER, "lora r=6"): BOTH[1:],
+    (PAPER, LAYER): BOTH[1:],
     ("lora r=6", "lora r=2"): BOTH[1:],
     (GIVEN, PERMUTED): BOTH[1:],
     (GIVEN, "lora r=2"): BOTH[1:],
@@ -292,6 +305,7 @@ CHECKS = {
     "other penalties": other_penalties,
     "tuned LoRA": tuned_lora,
     "better score": better_score,
+    "the layer": the_layer,
     "one cut": one_cut,
     "more than chance": more_than_chance,
     "the amount": the_amount,
