@@ -268,7 +268,7 @@ IN_POINTS = {
     ("lora r=6", "lora r=2"): BOTH,
     (CUT, "lora r=6"): BOTH,
     (CUT, "lora r=2"): BOTH,
-    (LAYER, "lora r=6"): BOTH,
+    (LAYER, "lora r=6"): (*BOTH, TUNER),
     (PAPER, LAYER): BOTH,
     (LAYER, "lora r=2"): BOTH[1:],
     (NORM, PAPER): BOTH,

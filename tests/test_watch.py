@@ -2,7 +2,9 @@
 
 import copy
 import functools
+import runpy
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -545,3 +547,19 @@ def test_rows_that_fill_up_a_processs_share_do_not_count(tmp_path, processes):
     layer = DynamicLoRALinear(nn.Linear(4, 4), 2).double()
     expected = (torch.cat(micro_batches()) @ layer.lora_A.mT).square().mean(dim=0)
     close([mean for mean, _ in found], [expected] * processes)
+
+
+def test_the_script_that_times_the_scores_runs(monkeypatch):
+    import transformers
+
+    def tiny(**sizes):
+        sizes |= dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+        return whole(intermediate_size=16, **sizes)
+
+    whole = transformers.RobertaConfig
+    monkeypatch.setattr(transformers, "RobertaConfig", tiny)
+    script = runpy.run_path(str(Path(__file__).parents[1] / "results" / "speed_scores.py"))
+    work = script["ready"]()
+    assert all(min(times) > 0 for times in script["in_turns"](work, 1).values())
+    calls = script["count_calls"](work)
+    assert calls["training step"] > calls["output_norm"] > calls["loss_sensitivity"] > 0
