@@ -371,6 +371,16 @@ def test_what_18_says_of_the_tuning_is_the_records():
     assert (means[16] > means[32]).sum() == 3 and len(means[16]) == 4
 
 
+def test_what_18_says_of_longer_runs_is_the_records():
+    at = ["arm", "seed", "learning_rate", "batch_size"]
+    both = summaries.load(ROOT / "results/trial_sst2_length").merge(tuning(), on=at)
+    both["gain"] = (100 * (both.holdout_score_x - both.holdout_score_y)).round(2)
+    longer = both[both.epochs_x == 8].set_index("arm").gain
+    assert longer.to_dict() == {PAPER: 0.72, "lora r=2": 0.32}
+    shorter = both[both.epochs_x == 2].gain
+    assert (len(shorter), shorter.min(), shorter.max()) == (4, -1.82, -0.98)
+
+
 def test_what_is_not_run_names_no_record():
     for claim in claims():
         records = [item for item in claim.evidence if item.startswith("results/")]
