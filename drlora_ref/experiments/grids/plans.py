@@ -37,7 +37,7 @@ from drlora_ref.experiments.methods.rank_maps import lora_ranks
 from drlora_ref.experiments.replicas.many_runs import can_be_replica, shared_settings
 from drlora_ref.experiments.results import paper, summaries
 from drlora_ref.experiments.run.rank_maps import RankMap, find_rank_map, sha256_of, shared_donors
-from drlora_ref.experiments.run.records import CHECKPOINT
+from drlora_ref.experiments.run.records import unfinished
 from drlora_ref.experiments.run.settings import PLACES, Settings, run_key
 from drlora_ref.experiments.sources.models import ModelSource, resolve_model
 from drlora_ref.experiments.tasks.data import check_sizes
@@ -330,8 +330,7 @@ class _Best:
             self.runs = summaries.load(self.folder)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"best_of: {error}: run the grid that fills it first") from None
-        begun = {path.parent for path in place(self.folder).rglob(CHECKPOINT)}
-        if begun := {folder for folder in begun if not (folder / "record.json").exists()}:
+        if begun := unfinished(self.folder):
             print(f"best_of: in {self.folder} {len(begun)} of the runs have not ended: the best "
                   "values are chosen without them", flush=True)  # fmt: skip
         if both := sorted(seeds & set(self.runs.seed)):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from drlora_ref.experiments.given import place, read_yaml, shown
-from drlora_ref.experiments.run.records import CHECKPOINT, read_record
+from drlora_ref.experiments.run.records import read_record, unfinished
 from drlora_ref.experiments.run.settings import Settings
 
 
@@ -90,12 +90,11 @@ def _is_folder_of_runs(path: Path) -> bool:
 def _donors(folder: Path) -> dict[int, tuple[Path, dict]]:
     """{seed: (path, record)} of all runs in or below a folder."""
     donors: dict[int, tuple[Path, dict]] = {}
-    for path in sorted(folder.rglob(CHECKPOINT)):
-        if not (path.parent / "record.json").exists():
-            raise ValueError(
-                f"rank_map: {path.parent} has not ended: with its map, other runs would get other "
-                "maps than without it. Finish it, or take it out of the folder"
-            )
+    for run in unfinished(folder):
+        raise ValueError(
+            f"rank_map: {run} has not ended: with its map, other runs would get other maps than "
+            "without it. Finish it, or take it out of the folder"
+        )
     for path in sorted(folder.rglob("record.json")):
         record = read_record(path)
         given = record.get("parameters")

@@ -158,6 +158,12 @@ def is_of(variable: str, folder: Path) -> bool:
     return os.environ.get(variable) == str(folder.resolve())
 
 
+def unfinished(folder: str | Path) -> list[Path]:
+    """The runs in or below a folder that have begun and not ended: a checkpoint and no record."""
+    begun = sorted(path.parent for path in place(folder).rglob(CHECKPOINT))
+    return [run for run in begun if not (run / "record.json").exists()]
+
+
 def earlier_record(output_dir: str | Path) -> Record | None:
     """The record of this notebook, if it was killed after it had written that; else None."""
     folder = place(output_dir)
